@@ -1,7 +1,8 @@
 """Prunes trained ONNX models to a budget, without retraining, and verifies the result.
 
 The main functions are ``inspect``; ``prune`` and its stages ``score``, ``plan`` and ``apply``; ``frontier`` for several
-budgets; ``verify`` for two models; ``pack`` and ``unpack`` for storage. Models and data may be files or in memory.
+budgets; ``verify`` for two models; ``recover`` and ``int8`` for what follows, and ``run`` for all stages of a file;
+``pack`` and ``unpack`` for storage. Models and data may be files or in memory.
 Results are frozen records, and every intended error is an ``OamipError``. Names are imported when first used, so
 ``import onnx_oamip`` is fast.
 
@@ -9,6 +10,13 @@ Results are frozen records, and every intended error is an ``OamipError``. Names
 >>> result = onnx_oamip.prune("models/lenet300-mnist.onnx", "models/mnist.npz", macs=0.5, importance="activation")
 >>> len(result.model.graph.output), result.report.after.macs <= 0.5 * result.report.before.macs
 (1, True)
+
+Quantised to int8 on the same samples, and compared with the original:
+
+>>> quantised = onnx_oamip.int8(result, "models/mnist.npz")
+>>> found = onnx_oamip.verify("models/lenet300-mnist.onnx", quantised.model, "models/mnist.npz")
+>>> quantised.bytes < result.report.after.bytes, found.accuracy_after > 0.97
+(True, True)
 
 With a file to write, all stages at once, and a callback ``progress(stage, done, total)``:
 

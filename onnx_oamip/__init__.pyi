@@ -12,10 +12,16 @@ from onnx_oamip.api.in_memory import (
     verify as verify,
 )
 from onnx_oamip.api.pipeline import score as score
-from onnx_oamip.api.recovery import recover as recover
+from onnx_oamip.api.quantisation import Quantised as Quantised
 from onnx_oamip.api.results import (
     Inspection as Inspection,
     Result as Result,
+)
+from onnx_oamip.api.staged_run import StagedRun as StagedRun
+from onnx_oamip.api.stages import (
+    int8 as int8,
+    recover as recover,
+    run as run,
 )
 from onnx_oamip.artifacts.plan_files import Planned as Planned
 from onnx_oamip.artifacts.plan_schema import PlanFile as PlanFile

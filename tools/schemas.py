@@ -160,7 +160,9 @@ def recovered(model: Model) -> dict[str, Any]:
         outputs=(measure,),
     )
     objective = detect(model, None, None, {})
-    result = Recovered(model, model, "o.onnx", "0", found, objective, {"load": 1.0}, {})
+    result = Recovered(
+        model, model, model.proto, "o.onnx", "0", found, objective, {"load": 1.0}, {}
+    )
     return make_recovered(result)
 
 

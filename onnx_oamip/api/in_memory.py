@@ -6,17 +6,16 @@ the report alone, as the command line uses them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 from onnx_oamip.api import comparison, pipeline
+from onnx_oamip.api.arguments import ShownProgress, settings_of, shown
 from onnx_oamip.api.results import Inspection, Result
 from onnx_oamip.artifacts.output import Page
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Array, Report, Verification
 from onnx_oamip.core.renamed_parameters import earlier_names
 from onnx_oamip.core.settings import Settings
@@ -26,11 +25,7 @@ from onnx_oamip.data.sources import File, Source
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import ModelSource, load
 from onnx_oamip.objective import detect
-from onnx_oamip.reporting.progress import Bars
 from onnx_oamip.verification.equivalence import judged
-
-ShownProgress: TypeAlias = "Progress | bool | None"
-"""A callback, or True for bars on stderr or in the notebook."""
 
 
 class _Unset(Enum):
@@ -107,8 +102,8 @@ def prune(
         BudgetNotMet: No plan meets the budgets (``exit_code`` 1). No file is written.
         GateFailed: The result failed a check (``exit_code`` 1). No file is written.
     """
-    asked = _settings(settings, options)
-    with _shown(progress) as callback:
+    asked = settings_of(settings, options)
+    with shown(progress) as callback:
         if output is _UNSET:
             _refuse_files(keep_map, page)
             return pipeline.pruned(
@@ -158,8 +153,8 @@ def plan(
         OamipError: Bad input or a missing package. No file is written.
         BudgetNotMet: No plan meets the budgets. No file is written.
     """
-    asked = _settings(settings, options)
-    with _shown(progress) as callback:
+    asked = settings_of(settings, options)
+    with shown(progress) as callback:
         return pipeline.plan(
             model, data, output, asked, eval_data, progress=callback, scores=scores
         )
@@ -231,7 +226,7 @@ def apply(
         GateFailed: The result failed a check. No file is written.
     """
     replaced = {**(changes or {}), **options}
-    with _shown(progress) as callback:
+    with shown(progress) as callback:
         if output is _UNSET:
             _refuse_files(keep_map, page)
             return pipeline.applied(
@@ -264,7 +259,7 @@ def inspect(model: ModelSource, *, settings: Settings | None = None, **options: 
     Raises:
         OamipError: The model cannot be read, or a setting does not fit it.
     """
-    asked = _settings(settings, options)
+    asked = settings_of(settings, options)
     loaded = load(model, stated=asked.shapes)
     objective = detect(loaded, None, asked.task, asked.kinds)
     with judged(loaded):
@@ -299,8 +294,9 @@ def verify(
         GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
     """
     other = pruned.model if isinstance(pruned, Result) else pruned
-    with _shown(progress) as callback:
-        return comparison.compare(original, other, data, _settings(settings, options), callback)
+    with shown(progress) as callback:
+        settings = settings_of(settings, options)
+        return comparison.compare(original, other, data, settings, callback)
 
 
 class Feeds:
@@ -357,7 +353,7 @@ def feeds(
     Raises:
         OamipError: The data cannot be read or do not fit the model.
     """
-    asked = _settings(settings, options)
+    asked = settings_of(settings, options)
     dataset.check_extras(data)
     loaded = load(model, stated=asked.shapes)
     samples = dataset.load(data, loaded, reading=asked.reading)
@@ -365,27 +361,8 @@ def feeds(
     return Feeds(samples, asked.batch_size)
 
 
-def _settings(settings: Settings | None, options: Mapping[str, Any]) -> Settings:
-    """Settings with those that are given by name."""
-    if settings is None:
-        return Settings.create(**options)
-    if not options:
-        return settings
-    return Settings.create(**{**settings.model_dump(exclude_unset=True), **options})
-
-
 def _refuse_files(keep_map: File | None, page: Page | None) -> None:
     if keep_map is not None or page is not None:
         raise SettingsError(
             "a keep-map and a page are written with the model; give `output`, or write them by 'Result.save'."
         )
-
-
-@contextmanager
-def _shown(progress: ShownProgress) -> Iterator[Progress | None]:
-    """The callback of a run; bars while it runs if True was given."""
-    if progress is True:
-        with Bars() as bars:
-            yield bars
-    else:
-        yield progress or None

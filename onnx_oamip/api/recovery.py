@@ -107,9 +107,11 @@ def recover(
         )
     with clock("verify"):
         _verify(teacher, student, proto, samples, device)
+    proto, opened = default_inputs.reopen(proto, student)
     result = Recovered(
         original=teacher,
         pruned=student,
+        model=proto,
         output=None,
         output_sha256=None,
         recovery=found,
@@ -122,11 +124,10 @@ def recover(
             "eval_data": source_name(eval_data),
             "plan": None if plan_file is None else str(plan_file),
         },
-        notes=(*samples.notes, *objective.notes, *recovery.notes(found)),
+        notes=(*samples.notes, *objective.notes, *recovery.notes(found), *opened),
     )
     if target is None:
         return result
-    proto, opened = default_inputs.reopen(proto, student)
     with Batch() as batch, clock("write"):
         written = stage(batch, proto, target)
         batch.commit()
@@ -135,7 +136,6 @@ def recover(
         result,
         output=str(target),
         output_sha256=written.sha256,
-        notes=(*result.notes, *opened),
     )
 
 

@@ -25,6 +25,7 @@ from onnx_oamip.core.atomic_files import output_errors
 from onnx_oamip.core.budgets import counted_shares
 from onnx_oamip.core.errors import OutputError, SettingsError
 from onnx_oamip.core.json_values import plain_document
+from onnx_oamip.core.options import QuantisationOptions
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Budget, Model
 from onnx_oamip.core.settings import Settings
@@ -33,7 +34,6 @@ from onnx_oamip.data import dataset
 from onnx_oamip.data.sources import File, SampleSets, Source, samples_of, source_name
 from onnx_oamip.graph import cost, op_libraries
 from onnx_oamip.graph.loading import load
-from onnx_oamip.graph.quantisation import Int8Options
 from onnx_oamip.graph.runtime import resolve_device
 from onnx_oamip.objective import metric as metrics
 from onnx_oamip.recovery import recover as training
@@ -54,7 +54,7 @@ class Stages:
         prune: Settings of ``prune``.
         recover: Settings of ``recover``.
         int8: Settings of the samples for ``int8``.
-        int8_options: How the model is quantised.
+        quantisation: How the model is quantised.
         check: Settings of the checks, as those of ``verify``.
         limits: What the last model must keep to: shares of the original's cost, and ``max_drop``.
         seconds: Approximate time of the measurement of latency.
@@ -63,7 +63,7 @@ class Stages:
     prune: Settings | None = None
     recover: Settings | None = None
     int8: Settings | None = None
-    int8_options: Int8Options = field(default_factory=Int8Options)
+    quantisation: QuantisationOptions = field(default_factory=QuantisationOptions.create)
     check: Settings = field(default_factory=Settings.create)
     limits: Budget = field(default_factory=Budget)
     seconds: float = 3.0
@@ -75,7 +75,26 @@ class Stages:
         return [name for name, settings in given.items() if settings is not None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class RunDescription:
+    """What a run does.
+
+    Attributes:
+        model: Model file.
+        data: Samples.
+        eval_data: Held-out samples; None for the held-out part of ``data``.
+        folder: Where the stages write.
+        stages: The stages with their settings.
+    """
+
+    model: File
+    data: Source
+    eval_data: Source | None
+    folder: Path
+    stages: Stages
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class StagedRun:
     """Result of ``run``.
 
@@ -115,6 +134,10 @@ class StagedRun:
         }
         return plain_document(found)
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{row['stage']} {row['bytes']:,} bytes" for row in self.rows)
+        return f"<StagedRun {self.original.path} -> {self.folder}: {sizes}>"
+
     def _notes(self) -> list[str]:
         """Remarks of all stages, each once."""
         notes: dict[str, None] = {}
@@ -124,23 +147,15 @@ class StagedRun:
 
 
 def run(
-    path: File,
-    data: Source,
-    folder: File,
-    stages: Stages,
+    given: RunDescription,
     *,
-    eval_data: Source | None = None,
     again: bool = False,
     progress: Progress | None = None,
 ) -> StagedRun:
     """Run the stages one after the other, and measure every model against the original.
 
     Args:
-        path: Model file.
-        data: Samples, as for ``prune``.
-        folder: Where the stages write; it is made if it does not exist.
-        stages: Stages with their settings.
-        eval_data: Held-out samples. Default: the held-out part of ``data``.
+        given: Model, samples, folder and stages. The folder is made if it does not exist.
         again: Run every stage, whether its inputs have changed or not.
         progress: Called as ``progress(stage, done, total)``.
 
@@ -152,6 +167,7 @@ def run(
         BudgetNotMet: The budget of the stage ``prune`` cannot be met.
         GateFailed: The result of a stage failed a check.
     """
+    stages, data = given.stages, given.data
     if not stages.names:
         raise SettingsError(
             "no stage is described, so that there is nothing to run; add a table [prune], [recover] or [int8]."
@@ -160,29 +176,28 @@ def run(
         training.check()
     if stages.prune is not None:
         preparing.check(stages.prune, data, False)
-    dataset.check_extras(data, eval_data)
-    target = Path(folder)
-    original = load(path, stated=stages.check.shapes)
-    work = _Work(original, data, eval_data, target, stages, again, progress)
+    dataset.check_extras(data, given.eval_data)
+    original = load(given.model, stated=stages.check.shapes)
+    work = _Work(original, given, again, progress)
     work.identify_samples()
-    _make(target)
+    _make(given.folder)
     for name in stages.names:
         work.run(name)
     found = work.check()
     rows = list(found.document["stages"])
-    settings = {name: given.model_dump(mode="json") for name, given in work.settings().items()}
+    settings = {name: own.model_dump(mode="json") for name, own in work.settings().items()}
     if stages.int8 is not None:
-        settings[INT8] |= asdict(stages.int8_options)
+        settings[INT8] |= stages.quantisation.model_dump(mode="json")
     return StagedRun(
         original=original,
-        folder=target,
+        folder=given.folder,
         rows=rows,
         limits=stages.limits,
         broken=(*failed(rows), *broken(rows[0], rows[-1], stages.limits)),
         records=tuple(work.records),
         settings={
             "data": source_name(data),
-            "eval_data": source_name(eval_data),
+            "eval_data": source_name(given.eval_data),
             "seconds": stages.seconds,
             **settings,
         },
@@ -256,10 +271,7 @@ class _Work:
     """A run on its way: the models so far, and the records of their stages."""
 
     original: Model
-    data: Source
-    eval_data: Source | None
-    folder: Path
-    stages: Stages
+    given: RunDescription
     again: bool
     progress: Progress | None
     records: list[StageRecord] = field(default_factory=list)
@@ -268,9 +280,9 @@ class _Work:
 
     def settings(self) -> dict[str, Settings]:
         """Settings of the stages that run, and of the checks."""
-        stages = self.stages
-        given = {PRUNE: stages.prune, RECOVER: stages.recover, INT8: stages.int8}
-        return {n: s for n, s in given.items() if s is not None} | {CHECK: stages.check}
+        stages = self.given.stages
+        own = {PRUNE: stages.prune, RECOVER: stages.recover, INT8: stages.int8}
+        return {n: s for n, s in own.items() if s is not None} | {CHECK: stages.check}
 
     @property
     def last(self) -> Path:
@@ -281,7 +293,7 @@ class _Work:
     def run(self, name: str) -> None:
         """Run a stage that writes a model, unless it is up to date."""
         make = {PRUNE: self._prune, RECOVER: self._recover, INT8: self._int8}[name]
-        options = asdict(self.stages.int8_options) if name == INT8 else {}
+        options = self.given.stages.quantisation.model_dump(mode="json") if name == INT8 else {}
         self._stage(name, {"input": self._sha256(), "options": options}, make)
 
     def check(self) -> StageRecord:
@@ -289,8 +301,8 @@ class _Work:
         models = [record.sha256 for record in self.records]
         depends = {
             "models": models,
-            "seconds": self.stages.seconds,
-            "paths": [self.original.path, str(self.folder)],
+            "seconds": self.given.stages.seconds,
+            "paths": [self.original.path, str(self.given.folder)],
         }
         return self._stage(CHECK, depends, self._check)
 
@@ -308,7 +320,7 @@ class _Work:
         inputs = cache.fingerprint(
             {**depends, "samples": self.identify_samples(), "settings": self._decisive(name)}
         )
-        path = self.folder / f"{name}.json"
+        path = self.given.folder / f"{name}.json"
         record = None if self.again else stage_files.load(path, inputs)
         if record is None:
             start = time.perf_counter()
@@ -334,11 +346,13 @@ class _Work:
     def _sets(self) -> SampleSets:
         """Calibration and held-out samples, as the stage ``prune`` divides them."""
         if self._samples is None:
-            settings = self.stages.check
-            first = self.stages.prune or self.stages.recover or self.stages.int8
+            settings = self.given.stages.check
+            first = self.given.stages.prune or self.given.stages.recover or self.given.stages.int8
             assert first is not None
             settings = settings.model_copy(update={"seed": first.seed})
-            self._samples = samples_of(self.original, self.data, self.eval_data, settings)
+            self._samples = samples_of(
+                self.original, self.given.data, self.given.eval_data, settings
+            )
         return self._samples
 
     def identify_samples(self) -> dict[str, Any]:
@@ -353,13 +367,13 @@ class _Work:
         return self._identity
 
     def _prune(self) -> tuple[Path, str | None, Mapping[str, Any]]:
-        assert self.stages.prune is not None
-        target = self.folder / f"{PRUNE}.onnx"
+        assert self.given.stages.prune is not None
+        target = self.given.folder / f"{PRUNE}.onnx"
         result = pipeline.pruned(
             self.original.path,
-            self.data,
-            self.stages.prune,
-            eval_data=self.eval_data,
+            self.given.data,
+            self.given.stages.prune,
+            eval_data=self.given.eval_data,
             progress=self.progress,
         )
         report = result.save(target)
@@ -371,40 +385,42 @@ class _Work:
     @property
     def _plan(self) -> Path:
         """Plan of the stage ``prune``, for ``recover``."""
-        return self.folder / f"{PRUNE}.plan.json"
+        return self.given.folder / f"{PRUNE}.plan.json"
 
     def _recover(self) -> tuple[Path, str | None, Mapping[str, Any]]:
-        assert self.stages.recover is not None
-        target = self.folder / f"{RECOVER}.onnx"
+        assert self.given.stages.recover is not None
+        target = self.given.folder / f"{RECOVER}.onnx"
         found = recovery.recover(
             self.last,
             self.original.path,
-            self.data,
-            self.stages.recover,
+            self.given.data,
+            self.given.stages.recover,
             target,
-            plan_file=self._plan if self.stages.prune is not None and self._plan.exists() else None,
-            eval_data=self.eval_data,
+            plan_file=self._plan
+            if self.given.stages.prune is not None and self._plan.exists()
+            else None,
+            eval_data=self.given.eval_data,
             progress=self.progress,
         )
         return target, found.output_sha256, documents.recovered(found)
 
     def _int8(self) -> tuple[Path, str | None, Mapping[str, Any]]:
-        assert self.stages.int8 is not None
-        target = self.folder / f"{INT8}.onnx"
+        assert self.given.stages.int8 is not None
+        target = self.given.folder / f"{INT8}.onnx"
         found = int8(
             self.last,
-            self.data,
+            self.given.data,
             target,
-            self.stages.int8,
-            self.stages.int8_options,
-            eval_data=self.eval_data,
+            self.given.stages.int8,
+            self.given.stages.quantisation,
+            eval_data=self.given.eval_data,
             progress=self.progress,
         )
         return target, found.sha256, found.document
 
     def _check(self) -> tuple[None, None, Mapping[str, Any]]:
         """Rows of the final table."""
-        stages = self.stages
+        stages = self.given.stages
         op_libraries.use(stages.check.op_library)
         device = resolve_device(stages.check.device)
         samples = self._sets().held_out

@@ -11,19 +11,19 @@ from onnx_oamip.cli.checkpoint import checkpoint
 from onnx_oamip.cli.compare import compare
 from onnx_oamip.cli.config import config, config_option
 from onnx_oamip.cli.frontier import frontier
-from onnx_oamip.cli.help import option
 from onnx_oamip.cli.int8 import int8
-from onnx_oamip.cli.options import DATA, MODEL, json_option, threads_option
+from onnx_oamip.cli.options import MODEL, data_option, json_option
 from onnx_oamip.cli.pack import pack, unpack
 from onnx_oamip.cli.profile import profile
 from onnx_oamip.cli.prune import apply, plan, prune
 from onnx_oamip.cli.recover import recover
 from onnx_oamip.cli.run import run
 from onnx_oamip.cli.score import score
-from onnx_oamip.cli.settings import SettingsCommand, seconds_option
+from onnx_oamip.cli.settings import SettingsCommand, timing_options
 from onnx_oamip.cli.statements import statements_option
 from onnx_oamip.cli.stdout import document_only, reader_may_go
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.command_settings import VERIFY, CommandSettings
 from onnx_oamip.core.version import __version__
 
 
@@ -101,7 +101,7 @@ def cli(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-@cli.command(cls=SettingsCommand, names=("task", "shape"))
+@cli.command(cls=SettingsCommand, settings=CommandSettings(names=("task", "shape")))
 @click.argument("model", type=MODEL)
 @statements_option
 @json_option
@@ -129,19 +129,12 @@ cli.add_command(checkpoint)
 cli.add_command(frontier)
 
 
-@cli.command(
-    cls=SettingsCommand,
-    owners=("ObjectiveOptions", "DataOptions"),
-    names=("device", "op_library", "batch_size"),
-)
+@cli.command(cls=SettingsCommand, settings=VERIFY)
 @click.argument("original", type=MODEL)
 @click.argument("pruned", type=MODEL)
-@option(
-    "--data",
-    heading="Data",
+@data_option(
+    "Samples to compare on: as for prune; where a file has keys that start with 'eval.', those are used.",
     required=True,
-    metavar=DATA,
-    help="Samples to compare on: as for prune; where a file has keys that start with 'eval.', those are used.",
 )
 @statements_option
 @json_option
@@ -175,25 +168,16 @@ def verify(
         ctx.exit(1)
 
 
-@cli.command(cls=SettingsCommand, names=("device", "op_library", "seed", "shape"))
+@cli.command(
+    cls=SettingsCommand,
+    settings=CommandSettings(names=("device", "op_library", "seed", "shape")),
+)
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL [MODEL ...]")
-@option(
-    "--data",
-    heading="Data",
-    metavar=DATA,
-    help="Samples to run on: as for prune. Default: random numbers at the first model's shapes, which time as well.",
+@timing_options(
+    model="the first model",
+    measured=" at each batch size, all models together",
+    several_batches=True,
 )
-@option(
-    "--batch",
-    "batches",
-    heading="Data",
-    type=click.IntRange(min=1),
-    multiple=True,
-    metavar="N",
-    help="Samples in one run; may be given more than once. Default: 1, or what the model is fixed to.",
-)
-@threads_option
-@seconds_option("How long to measure at each batch size, all models together.")
 @json_option
 def bench(
     *,

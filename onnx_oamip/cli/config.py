@@ -7,11 +7,8 @@ options that it has. The command line takes precedence over the file, and the fi
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +19,11 @@ from onnx_oamip.cli.options import json_option
 from onnx_oamip.cli.statements import IN_FILE, OutputOption
 from onnx_oamip.cli.stdout import stream
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.core.regular_files import refuse_special
+from onnx_oamip.core.toml_files import read, statements, unknown
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-MOST_BYTES = 1 << 20
-"""Size of a configuration beyond which it is taken for another file."""
 PLACEHOLDER = "placeholder"
 """Value of required parameters of a command that is parsed and not run."""
 _NOT_IN_FILES = {"help", "config", "version"}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a configuration file.
-
-    Args:
-        path: A TOML file.
-
-    Returns:
-        Values by the name of the option without its dashes.
-
-    Raises:
-        SettingsError: The file cannot be read, or is not valid TOML.
-    """
-    refuse_special(path, "the configuration", SettingsError)
-    if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES:
-        raise SettingsError(
-            f"the configuration {path} is larger than {MOST_BYTES >> 20} MiB; give a TOML file of options."
-        )
-    try:
-        # Editors of some systems begin a text with a byte order mark.
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SettingsError(
-            f"the configuration {path} cannot be read: {error.strerror}."
-        ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also for numbers or nesting beyond Python's limits
-        raise SettingsError(f"the configuration {path} is no valid TOML: {error}.") from error
 
 
 def options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
@@ -124,27 +83,6 @@ def defaults(command: click.Command, content: Mapping[str, Any], path: Path) -> 
     return found
 
 
-def statements(table: object, path: Path) -> dict[str, object]:
-    """Check the table ``outputs`` of a file.
-
-    Args:
-        table: Its value.
-        path: The file, for messages.
-
-    Returns:
-        Kinds by the name of an output.
-
-    Raises:
-        SettingsError: The value is no table.
-    """
-    if not isinstance(table, dict):
-        raise SettingsError(
-            f"the configuration {path} sets outputs to {table!r}; it is a table of kinds by name, such as "
-            '{ boxes = "values:0.5" }.'
-        )
-    return table
-
-
 def _check_names(
     ctx: click.Context,
     path: Path,
@@ -161,23 +99,6 @@ def _check_names(
             raise SettingsError(
                 f"the configuration {path} has a table '{name}'; nested tables are not supported."
             )
-
-
-def unknown(name: str, known: Iterable[str], where: str, what: str) -> SettingsError:
-    """Error for a name that stands in a file and is no option.
-
-    Args:
-        name: The name.
-        known: Names that are options.
-        where: Begin of the sentence: the file, and that it sets the name.
-        what: What the name is not.
-
-    Returns:
-        The error, with the closest of the known names.
-    """
-    close = difflib.get_close_matches(name, sorted(known), 1)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    return SettingsError(f"{where} '{name}', which is {what}{hint}")
 
 
 def _as_on_the_command_line(parameter: click.Option, value: Any) -> Any:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_oamip.cli.flags import Flags
-from onnx_oamip.cli.options import same_file
 from onnx_oamip.core.errors import OutputError
+from onnx_oamip.core.regular_files import same_file
 
 if TYPE_CHECKING:
     from onnx_oamip.core.records import Frontier, Report

@@ -12,39 +12,34 @@ from onnx_oamip.cli.files import Page
 from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import (
-    DATA,
     MODEL,
     check_paths,
     check_scores,
-    eval_option,
     json_option,
     quiet_option,
     report_option,
+    samples_options,
     scores_option,
 )
-from onnx_oamip.cli.settings import PLANNING, SeparatedType, SettingsCommand
+from onnx_oamip.cli.settings import SeparatedType, SettingsCommand
 from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.command_settings import PLANNING, CommandSettings
 
 
 @click.command(
     cls=SettingsCommand,
-    owners=("ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
-    without=("force", "strict", "no_provenance"),
+    settings=CommandSettings(
+        ("ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
+        without=("force", "strict", "no_provenance"),
+    ),
     examples=(
         "model.onnx --data samples.npz --report frontier.html",
         "model.onnx --data samples.npz --levels 0.7,0.5,30% --save-dir models",
     ),
 )
 @click.argument("model", type=MODEL)
-@option(
-    "--data",
-    heading="Data",
-    required=True,
-    metavar=DATA,
-    help="Calibration samples, as for prune.",
-)
-@eval_option
+@samples_options("Calibration samples, as for prune.", required=True)
 @option(
     "--levels",
     heading="Budget",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 
 from onnx_oamip.cli.help import option
 from onnx_oamip.core.errors import OutputError, SettingsError
+from onnx_oamip.core.regular_files import same_file
 
 
 class FilePath(click.Path):
@@ -47,6 +47,20 @@ DASH = "stdin and stdout hold no files here; give the path of a file, or ./- for
 MODEL = FilePath()
 DATA = "FILE|FOLDER|MODULE:FUNCTION"
 
+
+def data_option(purpose: str, *, required: bool = False) -> Callable[..., Any]:
+    """Create the option ``--data``.
+
+    Args:
+        purpose: Sentence about the samples.
+        required: The command does not do without.
+
+    Returns:
+        A decorator, as ``click.option`` returns it.
+    """
+    return option("--data", heading="Data", required=required, metavar=DATA, help=purpose)
+
+
 eval_option = option(
     "--eval-data",
     heading="Data",
@@ -61,6 +75,28 @@ scores_option = option(
     metavar="S.npz",
     help="Take the scores that the score command wrote for this model, in place of --importance.",
 )
+
+
+def samples_options(purpose: str, *, required: bool = False) -> Callable[..., Any]:
+    """Create the options ``--data`` and ``--eval-data``.
+
+    Args:
+        purpose: Sentence about the samples.
+        required: The command does not do without samples.
+
+    Returns:
+        A decorator that adds both.
+    """
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        with_both: Callable[..., Any] = data_option(purpose, required=required)(
+            eval_option(function)
+        )
+        return with_both
+
+    return add
+
+
 report_option = option(
     "--report",
     "report_file",
@@ -85,15 +121,6 @@ quiet_option = option(
 )
 
 
-threads_option = option(
-    "--threads",
-    heading="Speed and resources",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
-)
-
-
 def check_paths(output: Path, inputs: Mapping[str, Path | str | None]) -> None:
     """Refuse to write over a file that is read.
 
@@ -107,22 +134,6 @@ def check_paths(output: Path, inputs: Mapping[str, Path | str | None]) -> None:
     for name, source in inputs.items():
         if source is not None and same_file(output, source):
             raise OutputError(f"{output} is {name} itself; give -o another path.")
-
-
-def same_file(first: Path | str, second: Path | str) -> bool:
-    """Check whether two paths name one file, which need not exist.
-
-    Args:
-        first: A path.
-        second: Another one, absolute or relative, with or without links.
-
-    Returns:
-        True for the same file.
-    """
-    try:
-        return os.path.samefile(first, second)
-    except (OSError, ValueError):  # a configuration can hold a name that no file can have
-        return os.path.abspath(first) == os.path.abspath(second)
 
 
 def check_scores(ctx: click.Context, scores: Path | None) -> None:

@@ -12,13 +12,13 @@ from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
 from onnx_oamip.cli.settings import SettingsCommand, SettingType
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.command_settings import CommandSettings
 from onnx_oamip.core.errors import SettingsError
 
 
 @click.command(
     cls=SettingsCommand,
-    owners=("DataOptions",),
-    names=("device", "op_library", "seed", "batch_size"),
+    settings=CommandSettings(("DataOptions",), ("device", "op_library", "seed", "batch_size")),
 )
 @click.argument("model", type=MODEL)
 @option(

@@ -7,23 +7,18 @@ from pathlib import Path
 import click
 
 from onnx_oamip.cli.help import option
-from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option, threads_option
-from onnx_oamip.cli.settings import SettingsCommand, seconds_option
+from onnx_oamip.cli.options import MODEL, json_option, quiet_option
+from onnx_oamip.cli.settings import SettingsCommand, timing_options
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.command_settings import CommandSettings
 
 
 @click.command(
     cls=SettingsCommand,
-    names=("device", "op_library", "seed", "shape", "exclude"),
+    settings=CommandSettings(names=("device", "op_library", "seed", "shape", "exclude")),
     examples=("model.onnx -o table.json", "model.onnx --device cuda --batch 8 -o table.json"),
 )
 @click.argument("model", type=MODEL)
-@option(
-    "--data",
-    heading="Data",
-    metavar=DATA,
-    help="Samples to run on: as for prune. Default: random numbers at the model's shapes, which time as well.",
-)
 @option(
     "-o",
     "--output",
@@ -33,17 +28,7 @@ from onnx_oamip.cli.terminal import Progress, show
     metavar="TABLE.json",
     help="Where the table goes.",
 )
-@option(
-    "--batch",
-    heading="Data",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Samples in one run.",
-)
-@threads_option
-@seconds_option("How long to measure, all widths together.")
+@timing_options(model="the model", measured=", all widths together")
 @json_option
 @quiet_option
 def profile(

@@ -12,27 +12,24 @@ from onnx_oamip.cli.files import Page
 from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import (
-    DATA,
     MODEL,
     check_paths,
     check_scores,
-    eval_option,
     json_option,
     quiet_option,
     report_option,
+    samples_options,
     scores_option,
 )
-from onnx_oamip.cli.settings import PLANNING, SettingsCommand
+from onnx_oamip.cli.settings import SettingsCommand
 from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, explain_drop, show
+from onnx_oamip.core.command_settings import PLANNING, PRUNE, CommandSettings
 
-data_option = option(
-    "--data",
-    heading="Data",
-    metavar=DATA,
-    help="Calibration samples: an .npz or .npy file with arrays by input name, a .parquet file, a folder of images (a "
+calibration_options = samples_options(
+    "Calibration samples: an .npz or .npy file with arrays by input name, a .parquet file, a folder of images (a "
     "folder a class gives labels) or with one .npz a sample, or a function that yields feeds. "
-    "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without.",
+    "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without."
 )
 keep_map_option = option(
     "--keep-map",
@@ -55,15 +52,7 @@ mlflow_option = option(
 
 @click.command(
     cls=SettingsCommand,
-    owners=(
-        "BudgetOptions",
-        "ObjectiveOptions",
-        *PLANNING,
-        "RecoveryOptions",
-        "RemovalOptions",
-        "DataOptions",
-        "RunOptions",
-    ),
+    settings=PRUNE,
     examples=(
         "model.onnx --data samples.npz --macs 50% -o half.onnx",
         "model.onnx --data samples.npz --max-drop 1 --report small.html -o small.onnx",
@@ -72,8 +61,7 @@ mlflow_option = option(
     ),
 )
 @click.argument("model", type=MODEL)
-@data_option
-@eval_option
+@calibration_options
 @scores_option
 @output_option("OUT.onnx", "Where the pruned model goes; only --dry-run does without.")
 @keep_map_option
@@ -134,7 +122,9 @@ def prune(
         "model": model,
         "data": data,
     }
-    with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
+    flags = Flags.of_context(ctx)
+    logging = mlflow_tracking.run(tracking_uri, parameters, flags.in_text)
+    with logging as log, Progress(quiet) as progress:
         from onnx_oamip.api import pipeline
         from onnx_oamip.reporting import documents
 
@@ -148,7 +138,7 @@ def prune(
                 progress=progress,
                 scores=scores,
             )
-            document = Flags.of_context(ctx).in_document(documents.planning(planned))
+            document = flags.in_document(documents.planning(planned))
             log(document, ())
         else:
             report = pipeline.prune(
@@ -162,7 +152,7 @@ def prune(
                 keep_map=keep_map,
                 page=page,
             )
-            document = Flags.of_context(ctx).in_document(documents.document(report))
+            document = flags.in_document(documents.document(report))
             log(document, (keep_map, report_file))
             if not quiet:
                 explain_drop(document)
@@ -172,13 +162,14 @@ def prune(
 
 @click.command(
     cls=SettingsCommand,
-    owners=("BudgetOptions", "ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
-    without=("force", "no_provenance"),
+    settings=CommandSettings(
+        ("BudgetOptions", "ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
+        without=("force", "no_provenance"),
+    ),
     examples=("model.onnx --data samples.npz --macs 50% -o plan.json",),
 )
 @click.argument("model", type=MODEL)
-@data_option
-@eval_option
+@calibration_options
 @scores_option
 @output_option("P.json", "Where the plan goes.", required=True)
 @json_option
@@ -229,8 +220,10 @@ def plan(
 
 @click.command(
     cls=SettingsCommand,
-    owners=("ObjectiveOptions", "RepairOptions", "RecoveryOptions", "DataOptions", "RunOptions"),
-    without=("solver", "time_limit", "workers", "scheduler"),
+    settings=CommandSettings(
+        ("ObjectiveOptions", "RepairOptions", "RecoveryOptions", "DataOptions", "RunOptions"),
+        without=("solver", "time_limit", "workers", "scheduler"),
+    ),
     unset=("refit", "seed", "batch_size", "shape", "augment"),
     examples=("model.onnx --plan plan.json --data samples.npz -o half.onnx",),
 )
@@ -244,13 +237,9 @@ def plan(
     metavar="P.json",
     help="The plan to carry out, as plan wrote it.",
 )
-@option(
-    "--data",
-    heading="Data",
-    metavar=DATA,
-    help="Calibration samples, as for prune. Only a plan made with --refit none does without.",
+@samples_options(
+    "Calibration samples, as for prune. Only a plan made with --refit none does without."
 )
-@eval_option
 @output_option("OUT.onnx", "Where the pruned model goes.", required=True)
 @keep_map_option
 @report_option
@@ -286,7 +275,9 @@ def apply(
     # A setting that is not given is that of the plan.
     changes = {name: value for name, value in choices.items() if value not in (None, ())}
     parameters = {"model": model, "data": data, "plan": plan_file}
-    with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
+    flags = Flags.of_context()
+    logging = mlflow_tracking.run(tracking_uri, parameters, flags.in_text)
+    with logging as log, Progress(quiet) as progress:
         from onnx_oamip.api import pipeline
         from onnx_oamip.reporting import documents
 
@@ -301,7 +292,7 @@ def apply(
             keep_map=keep_map,
             page=page,
         )
-        document = Flags.of_context().in_document(documents.document(report))
+        document = flags.in_document(documents.document(report))
         log(document, (keep_map, report_file))
     if as_json or not quiet:
         show(document, as_json)

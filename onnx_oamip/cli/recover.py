@@ -12,24 +12,19 @@ from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.interrupt import first_interrupt_stops
 from onnx_oamip.cli.options import (
-    DATA,
     MODEL,
     check_paths,
-    eval_option,
     json_option,
     quiet_option,
+    samples_options,
 )
 from onnx_oamip.cli.settings import SettingsCommand
 from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.command_settings import RECOVER
 
 
-@click.command(
-    cls=SettingsCommand,
-    owners=("RecoveryOptions", "ObjectiveOptions", "DataOptions"),
-    names=("device", "op_library", "seed", "batch_size", "max_memory"),
-    without=("metric",),
-)
+@click.command(cls=SettingsCommand, settings=RECOVER)
 @click.argument("pruned", type=MODEL)
 @option(
     "--original",
@@ -39,14 +34,10 @@ from onnx_oamip.cli.terminal import Progress, show
     metavar="MODEL",
     help="The model that PRUNED was made from: the teacher.",
 )
-@option(
-    "--data",
-    heading="Data",
+@samples_options(
+    "Samples to train on, as for prune; labels are not needed. A fifth is held out and judges.",
     required=True,
-    metavar=DATA,
-    help="Samples to train on, as for prune; labels are not needed. A fifth is held out and judges.",
 )
-@eval_option
 @option(
     "--plan",
     "plan_file",

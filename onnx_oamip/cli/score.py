@@ -8,26 +8,23 @@ from typing import Any
 import click
 
 from onnx_oamip.cli.config import config_option
-from onnx_oamip.cli.help import option
-from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
-from onnx_oamip.cli.settings import SCORING, SettingsCommand
+from onnx_oamip.cli.options import MODEL, data_option, json_option, quiet_option
+from onnx_oamip.cli.settings import SettingsCommand
 from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.command_settings import SCORING, CommandSettings
 
 
 @click.command(
     cls=SettingsCommand,
-    owners=("ObjectiveOptions", *SCORING, "DataOptions", "RunOptions"),
-    names=("exclude",),
-    without=("force", "strict", "batch_size", "no_provenance", "metric"),
+    settings=CommandSettings(
+        ("ObjectiveOptions", *SCORING, "DataOptions", "RunOptions"),
+        ("exclude",),
+        without=("force", "strict", "batch_size", "no_provenance", "metric"),
+    ),
 )
 @click.argument("model", type=MODEL)
-@option(
-    "--data",
-    heading="Data",
-    metavar=DATA,
-    help="Calibration samples, as for prune. Only --importance l1, l2 or random does without.",
-)
+@data_option("Calibration samples, as for prune. Only --importance l1, l2 or random does without.")
 @output_option("S.npz", "Where the scores go.", required=True)
 @json_option
 @quiet_option

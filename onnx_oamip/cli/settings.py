@@ -12,26 +12,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from onnx_oamip.cli.help import Command, Option, option
+from onnx_oamip.cli.options import data_option
 from onnx_oamip.cli.plugins import REGISTRIES, PlugInOption
+from onnx_oamip.core.command_settings import CommandSettings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from onnx_oamip.core.options import Options
+
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # generic since click 8.4 only
-
-SCORING = (
-    "ImportanceOptions",
-    "OamipOptions",
-    "NNReliefOptions",
-    "SnacsOptions",
-    "MintOptions",
-    "RepairOptions",
-)
-"""Owners of the settings that scores depend on."""
-PLANNING = (*SCORING, "AllocationOptions", "ConstraintOptions")
-"""Owners of the settings that a plan for a given budget depends on."""
 
 
 class SettingsCommand(Command):
@@ -40,9 +32,7 @@ class SettingsCommand(Command):
     def __init__(
         self,
         *arguments: Any,
-        owners: Collection[str] = (),
-        names: Collection[str] = (),
-        without: Collection[str] = (),
+        settings: CommandSettings,
         unset: Collection[str] = (),
         **attributes: Any,
     ) -> None:
@@ -50,13 +40,11 @@ class SettingsCommand(Command):
 
         Args:
             arguments: As for ``click.Command``.
-            owners: Names of classes in ``onnx_oamip.core.options`` whose settings the command takes.
-            names: Further settings that it takes.
-            without: Settings of the owners that it does not take.
+            settings: Settings that the command takes.
             unset: Settings without a default, because a plan has one.
             attributes: Further arguments of ``click.Command``.
         """
-        self._owners, self._names, self._without = owners, names, without
+        self._settings = settings
         self._unset = unset
         self._complete = False
         super().__init__(*arguments, **attributes)
@@ -74,17 +62,14 @@ class SettingsCommand(Command):
         self._params = value
 
     def _of_settings(self) -> list[Option]:
-        from onnx_oamip.core import options
+        from onnx_oamip.core.options import QuantisationOptions
         from onnx_oamip.core.settings import Settings
 
-        names = set(self._names)
-        for owner in self._owners:
-            names.update(getattr(options, owner).model_fields)
         elsewhere = {name for own in self._params for name in getattr(own, "sets", ())}
-        taken = names.difference(self._without, elsewhere)
+        taken = self._settings.all_names() - elsewhere
         return [
             setting_option(name, unset=name in self._unset)
-            for name in Settings.model_fields
+            for name in (*QuantisationOptions.model_fields, *Settings.model_fields)
             if name in taken
         ]
 
@@ -190,13 +175,12 @@ def setting_option(name: str, *, unset: bool = False) -> Option:
         The option, with the values, the default, the help and the heading of the field.
     """
     from onnx_oamip.core.options.validation import choices_of, shown
-    from onnx_oamip.core.settings import Settings
 
     field = _field(name)
     words = shown(field)
     attributes: dict[str, Any] = {
         "help": f"{field.description} Default: that of the plan." if unset else field.description,
-        "heading": words.heading or Settings.owner(name).heading,
+        "heading": words.heading or _owner(name).heading,
         "default": None if unset else field.get_default(),
         "default_text": None if unset else words.default,
     }
@@ -217,27 +201,82 @@ def setting_option(name: str, *, unset: bool = False) -> Option:
     return Option(flags, type=SettingType(name), **attributes)
 
 
-def seconds_option(purpose: str) -> Callable[..., Any]:
-    """Create the option ``--seconds`` of a command that measures time.
+def timing_options(
+    *,
+    model: str,
+    measured: str,
+    several_batches: bool = False,
+) -> Callable[..., Any]:
+    """Create the options ``--data``, ``--batch``, ``--threads`` and ``--seconds`` of a command that measures time.
 
     Args:
-        purpose: Sentence about what is measured.
+        model: The model whose shapes random samples have, such as "the model".
+        measured: What shares the time of ``--seconds``.
+        several_batches: ``--batch`` sets ``batches`` and may be given more than once; by default it sets ``batch``.
 
     Returns:
-        A decorator, as ``click.option`` returns it.
+        A decorator that adds the options.
     """
-    return option(
-        "--seconds",
-        heading="Speed and resources",
-        type=SettingType("time_limit"),
-        default=10.0,
-        show_default=True,
-        metavar="S",
-        help=purpose,
+    if several_batches:
+        batch = option(
+            "--batch",
+            "batches",
+            heading="Data",
+            type=click.IntRange(min=1),
+            multiple=True,
+            metavar="N",
+            help="Samples in one run; may be given more than once. Default: 1, or what the model is fixed to.",
+        )
+    else:
+        batch = option(
+            "--batch",
+            heading="Data",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Samples in one run.",
+        )
+    options = (
+        data_option(
+            f"Samples to run on: as for prune. Default: random numbers at {model}'s shapes, which time as well."
+        ),
+        batch,
+        option(
+            "--threads",
+            heading="Speed and resources",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
+        ),
+        option(
+            "--seconds",
+            heading="Speed and resources",
+            type=SettingType("time_limit"),
+            default=10.0,
+            show_default=True,
+            metavar="S",
+            help=f"How long to measure{measured}.",
+        ),
     )
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed(options):
+            function = one(function)
+        return function
+
+    return add
 
 
 def _field(name: str) -> FieldInfo:
+    return _owner(name).model_fields[name]
+
+
+def _owner(name: str) -> type[Options]:
+    """Group of options that a setting belongs to."""
+    from onnx_oamip.core.options import QuantisationOptions
     from onnx_oamip.core.settings import Settings
 
-    return Settings.model_fields[name]
+    if name in QuantisationOptions.model_fields:
+        return QuantisationOptions
+    return Settings.owner(name)

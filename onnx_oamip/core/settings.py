@@ -47,21 +47,6 @@ class Settings(
     """
 
     @classmethod
-    def create(cls, **values: Any) -> Settings:
-        """Validate settings.
-
-        Args:
-            values: Options by name; the others have their defaults.
-
-        Returns:
-            The settings.
-
-        Raises:
-            SettingsError: An option does not exist, or a value is out of its range.
-        """
-        return cls(**values)
-
-    @classmethod
     def owner(cls, name: str) -> type[Options]:
         """Return the group of options that a setting belongs to.
 

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto
 
 from onnx_oamip.core.atomic_files import scratch
 from onnx_oamip.core.errors import ModelError, SettingsError
+from onnx_oamip.core.options import QuantisationOptions
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data
 from onnx_oamip.graph.runtime import quantiser, runtime_errors
@@ -26,25 +27,6 @@ PER_CHANNEL_OPSET = 13
 """First opset whose quantisation has scales by channel."""
 INTEGERS = (TensorProto.INT8, TensorProto.UINT8)
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-
-
-@dataclass(frozen=True)
-class Int8Options:
-    """Options of the quantisation of a model.
-
-    Attributes:
-        ranges: Of activations: ``static``, from calibration samples, or ``dynamic``, computed in every run.
-        per_tensor: One scale for every weight, instead of one for every output channel.
-        calibration: How static ranges are chosen, a key of ``CALIBRATIONS``.
-        keep_float: Patterns of the names of nodes that are not quantised.
-        reduce_range: Weights of 7 bits, whose sums do not saturate on x86 processors without VNNI.
-    """
-
-    ranges: str = "static"
-    per_tensor: bool = False
-    calibration: str = "minmax"
-    keep_float: tuple[str, ...] = ()
-    reduce_range: bool = False
 
 
 class Reader(Protocol):
@@ -77,13 +59,20 @@ class Int8Model:
     kept: tuple[str, ...]
 
 
-def quantise(path: Path, options: Int8Options, reader: Reader | None = None) -> Int8Model:
+def quantise(
+    path: Path,
+    options: QuantisationOptions,
+    reader: Reader | None = None,
+    *,
+    name: str | None = None,
+) -> Int8Model:
     """Quantise a model file.
 
     Args:
         path: Model file.
         options: How it is quantised.
         reader: Calibration samples; only the dynamic mode does without.
+        name: Name of the model in messages; its path by default.
 
     Returns:
         The quantised model.
@@ -93,8 +82,9 @@ def quantise(path: Path, options: Int8Options, reader: Reader | None = None) -> 
         SettingsError: A pattern of ``keep_float`` matches no node.
     """
     ort = quantiser()
+    name = name or str(path)
     is_large = path.stat().st_size > external_data.PROTOBUF_LIMIT
-    with scratch() as folder, _silent(), runtime_errors(f"quantise {path}"):
+    with scratch() as folder, _silent(), runtime_errors(f"quantise {name}"):
         prepared = folder / "prepared.onnx"
         ort.quant_pre_process(
             str(path),
@@ -104,8 +94,8 @@ def quantise(path: Path, options: Int8Options, reader: Reader | None = None) -> 
         )
         graph = onnx.load(prepared, load_external_data=False)
         if _matrices(graph, INTEGERS):
-            raise ModelError(f"{path} has weights of 8 bits already; give the model before int8.")
-        kept = _kept(graph, options.keep_float, path)
+            raise ModelError(f"{name} has weights of 8 bits already; give the model before int8.")
+        kept = _kept(graph, options.keep_float, name)
         per_channel = not options.per_tensor and _opset(graph) >= PER_CHANNEL_OPSET
         target = folder / "int8.onnx"
         common: dict[str, Any] = {
@@ -128,20 +118,20 @@ def quantise(path: Path, options: Int8Options, reader: Reader | None = None) -> 
     if not weights:
         advice = "leave int8 out" if options.ranges == "dynamic" else "try `ranges=dynamic`"
         raise ModelError(
-            f"ONNX Runtime finds no weight of {path} to make int8, as it leaves functions and bodies of nodes alone; "
+            f"ONNX Runtime finds no weight of {name} to make int8, as it leaves functions and bodies of nodes alone; "
             f"{advice}."
         )
     return Int8Model(proto, weights, _matrices(proto, FLOATS), per_channel, kept)
 
 
-def _kept(proto: ModelProto, patterns: tuple[str, ...], path: Path) -> tuple[str, ...]:
+def _kept(proto: ModelProto, patterns: tuple[str, ...], model: str) -> tuple[str, ...]:
     """Names of the nodes that match a pattern. Raises SettingsError for a pattern that matches none."""
     names = [node.name for node in proto.graph.node if node.name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise SettingsError(
-                f"`keep_float={pattern}` matches no node of {path} as ONNX Runtime simplifies it; it has nodes such as "
-                f"{', '.join(names[:3])}."
+                f"`keep_float={pattern}` matches no node of {model} as ONNX Runtime simplifies it; it has nodes such "
+                f"as {', '.join(names[:3])}."
             )
     return tuple(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 

@@ -34,7 +34,9 @@ MAX_PARAMETER_CHARACTERS = 6000
 
 
 @contextmanager
-def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
+def run(
+    uri: str | None, asked: Mapping[str, Any], words: Callable[[str], str] = str
+) -> Iterator[Log]:
     """Run some work inside an MLflow run.
 
     Work that fails leaves a run marked FAILED (KILLED if it was interrupted) with the tag ``error``.
@@ -42,6 +44,7 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
     Args:
         uri: Tracking URI, empty for the one that MLflow is set to, None for no MLflow run at all.
         asked: Parameters, logged at once. The document adds those that are known only at the end.
+        words: Turns the message of a failure into the one that the user sees.
 
     Yields:
         Function to call with the document of the run.
@@ -79,7 +82,7 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
     except BaseException as error:
         # The user must see the first failure, not one of marking the run.
         with suppress(Exception):
-            mlflow.set_tag("error", str(error) or type(error).__name__)
+            mlflow.set_tag("error", words(str(error)) or type(error).__name__)
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     with _reported(mlflow, "took the result, but not the end of the run"):

@@ -94,9 +94,19 @@ def test_weights_of_7_bits_do_not_saturate(int8: Callable[..., dict]) -> None:
 def test_saturated_sums_are_noted(
     int8: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantisation, "_saturation", lambda *_: 0.12)
+    monkeypatch.setattr(quantisation, "_differences", lambda *_: (0.12, 0.1))
     (note,) = (n for n in int8("--data", "d.npz")["notes"] if "saturate" in n)
     assert "moves the outputs by 12.0%; give --reduce-range" in note
+
+
+def test_outputs_that_move_far_are_noted(
+    place: Path, int8: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", "d.npz", "--reduce-range")  # no sum saturates
+    assert not any("of the first samples" in note for note in int8(*options)["notes"])
+    monkeypatch.setattr(quantisation, "MOVED", 1e-4)
+    (note,) = (n for n in int8(*options)["notes"] if "of the first samples" in n)
+    assert "try --ranges dynamic, --calibration percentile or --keep-float" in note
 
 
 @pytest.mark.parametrize(

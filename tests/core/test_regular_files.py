@@ -9,7 +9,7 @@ import pytest
 from graphs import MLP, build, load
 
 from onnx_oamip.artifacts import plan_files
-from onnx_oamip.cli import config
+from onnx_oamip.core import toml_files
 from onnx_oamip.core.errors import DataError, OamipError, SettingsError
 from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.data import dataset
@@ -40,7 +40,7 @@ def test_files_folders_and_missing_paths_pass(tmp_path: Path) -> None:
 def test_readers_do_not_open_them(special: Path, tmp_path: Path) -> None:
     """Each would wait for a writer, or read without an end."""
     with pytest.raises(SettingsError, match=r"the configuration .* is a pipe or a device"):
-        config.read(special)
+        toml_files.read(special)
     with pytest.raises(DataError, match=r"the data .* is a pipe or a device"):
         dataset.load(special, load(build(MLP), tmp_path))
     with pytest.raises(DataError, match=r"the plan .* is a pipe or a device"):
@@ -48,8 +48,8 @@ def test_readers_do_not_open_them(special: Path, tmp_path: Path) -> None:
 
 
 def test_large_configuration_is_refused_and_a_byte_order_mark_is_not(tmp_path: Path) -> None:
-    (tmp_path / "large.toml").write_text("#" * (config.MOST_BYTES + 1))
+    (tmp_path / "large.toml").write_text("#" * (toml_files.MOST_BYTES + 1))
     with pytest.raises(SettingsError, match="is larger than 1 MiB"):
-        config.read(tmp_path / "large.toml")
+        toml_files.read(tmp_path / "large.toml")
     (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbfmacs = 0.5\n")
-    assert config.read(tmp_path / "marked.toml") == {"macs": 0.5}
+    assert toml_files.read(tmp_path / "marked.toml") == {"macs": 0.5}

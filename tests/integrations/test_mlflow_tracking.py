@@ -98,6 +98,23 @@ def test_prune_is_logged(
     assert kept["out.onnx"].read_bytes() == Path("out.onnx").read_bytes()
 
 
+def test_logged_model_is_loaded_back_and_predicts(
+    data: Path, runs: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    import mlflow
+    from onnxruntime import InferenceSession
+
+    assert prune(data, "--macs", "0.5", "-q", "--mlflow", f"sqlite:///{tmp_path}/runs.db") == 0
+    (run,) = runs()
+    uri = f"runs:/{run.info.run_id}/out.onnx"
+    loaded = mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "back"))
+    whole = np.load(MODELS / "mnist.npz")
+    images = (whole["eval.input"][:500] * whole["input.scale"]).astype(np.float32)
+    (scores,) = InferenceSession(loaded).run(None, {"input": images})
+    assert np.mean(scores.argmax(-1) == whole["eval.labels"][:500]) > 0.8
+    assert run.data.metrics["macs_kept"] <= 0.5
+
+
 def test_apply_is_logged_to_the_configured_tracking_store(
     data: Path, runs: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def test_pass_prunes_in_a_workflow(olive: Any) -> None:
 
 
 def test_workflow_on_the_page_runs(olive: Any, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide" / "pipelines.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     flow = next(json.loads(block) for block in blocks if "OnnxOamip" in block)
     (tmp_path / "models").symlink_to(MODELS)
@@ -130,7 +130,7 @@ def test_uninformative_labels_are_left_out(olive: Any) -> None:
             "data_config yields no batches by input name",
         ),
         ({"macs": 0.5, "data_config": "digits", "data": "x.npz"}, SettingsError, "both given"),
-        ({"macs": 1.5, "data_config": "digits"}, SettingsError, "--macs is 1.5"),
+        ({"macs": 1.5, "data_config": "digits"}, SettingsError, "`macs`: 1.5 is not a share"),
         ({"data_config": "digits"}, SettingsError, "nothing says how much to keep"),
     ],
 )

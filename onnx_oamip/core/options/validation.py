@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.options.values import Kind, Shown
+
+Own = TypeVar("Own", bound="Options")
 
 
 class Options(BaseModel):
@@ -32,6 +34,21 @@ class Options(BaseModel):
         except ValidationError as error:
             name = str(error.errors(include_url=False)[0]["loc"][0])
             raise SettingsError(_refusal_by_name(type(self), name, values)) from error
+
+    @classmethod
+    def create(cls: type[Own], **values: Any) -> Own:
+        """Validate options.
+
+        Args:
+            values: Options by name; the others have their defaults.
+
+        Returns:
+            The options.
+
+        Raises:
+            SettingsError: An option does not exist, or a value is out of its range.
+        """
+        return cls(**values)
 
 
 def kind_of(field: FieldInfo) -> Kind | None:

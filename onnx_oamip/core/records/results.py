@@ -455,6 +455,7 @@ class Recovered:
     Attributes:
         original: The teacher.
         pruned: The model before recovery.
+        model: The model after recovery, an ``onnx.ModelProto``.
         output: File that was written, None for none.
         output_sha256: Its digest.
         recovery: How it was trained.
@@ -466,6 +467,7 @@ class Recovered:
 
     original: Model
     pruned: Model
+    model: Any
     output: str | None
     output_sha256: str | None
     recovery: Recovery
