@@ -12,7 +12,7 @@ from command_line import perceptron, samples
 
 import onnx_oamip
 from onnx_oamip import OutputError, SettingsError
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.verification import latency
 from onnx_oamip.verification.latency import Ratio, Timing
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
 
     monkeypatch.setattr(latency, "bench", bench)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     perceptron(tmp_path / "m.onnx", 64)
     np.savez(tmp_path / "d.npz", **ARRAYS)
