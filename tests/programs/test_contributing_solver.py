@@ -28,9 +28,19 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csc_array
 
-from onnx_oamip.programs.solvers.spec import Backend, Licence, Termination, solution
+from onnx_oamip.programs.solvers.dialect import Dialect
+from onnx_oamip.programs.solvers.spec import Backend, Licence, Limit, Termination
 
-NAME = "scipy"
+DIALECT = Dialect(
+    name="scipy",
+    title="scipy",
+    instead="highs",
+    ends={"0": Termination.OPTIMAL, "2": Termination.INFEASIBLE, "3": Termination.UNBOUNDED},
+    limits={"1": Limit.TIME},
+    gap="mip_rel_gap",
+    time="time_limit",
+    nodes="node_limit",
+)
 
 
 def solve(program, limits):
@@ -44,17 +54,21 @@ def solve(program, limits):
         integrality=program.integer.astype(int),
         bounds=Bounds(program.lower, program.upper),
         constraints=rows if program.n_rows else None,
-        options={"mip_rel_gap": limits.gap},
+        options=DIALECT.parameters(limits),
     )
-    seconds = time.perf_counter() - began
-    if found.x is None:
-        return solution(program, NAME, seconds, Termination.INFEASIBLE)
-    bound = program.value(found.x)
-    return solution(program, NAME, seconds, Termination.OPTIMAL, values=found.x, bound=bound)
+    return DIALECT.solution(
+        program,
+        limits,
+        solve,
+        status=str(found.status),
+        began=began,
+        values=found.x,
+        bound=found.mip_dual_bound,
+    )
 
 
 BACKEND = Backend(
-    name=NAME,
+    name=DIALECT.name,
     package="scipy",
     licence=lambda: Licence("open source (BSD), any size", None, None, True),
     rows=lambda program: program.n_rows,

@@ -21,6 +21,7 @@ from scipy.sparse import csr_array, vstack
 
 from onnx_oamip.core.errors import SolverError
 from onnx_oamip.programs import Program
+from onnx_oamip.programs.solvers.dialect import Dialect
 from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
@@ -29,26 +30,35 @@ from onnx_oamip.programs.solvers.spec import (
     SolverLimits,
     Termination,
     importing,
-    infeasible_or_unbounded,
-    solution,
 )
 
-NAME = "gurobi"
 WHEEL_LICENCE_SIZE = 2000
 """Variables and rows that the licence inside the wheel allows (gurobipy's own project page)."""
-ABSOLUTE_GAP = 1e-9
-MAX_SEED = 2_000_000_000
-"""Seeds are taken modulo this, Gurobi's upper bound."""
 ADVICE = "install a full licence (https://www.gurobi.com), or use `solver=highs`"
 """Ways out if the licence does not suffice."""
-_LIMITS = {
-    "ITERATION_LIMIT": Limit.ITERATION,
-    "NODE_LIMIT": Limit.NODE,
-    "TIME_LIMIT": Limit.TIME,
-    "MEM_LIMIT": Limit.MEMORY,
-    "NUMERIC": Limit.NUMERIC,
-    "SUBOPTIMAL": Limit.NUMERIC,
-}
+DIALECT = Dialect(
+    name="gurobi",
+    title="Gurobi",
+    instead="highs",
+    ends={"OPTIMAL": Termination.OPTIMAL, "INFEASIBLE": Termination.INFEASIBLE},
+    limits={
+        "ITERATION_LIMIT": Limit.ITERATION,
+        "NODE_LIMIT": Limit.NODE,
+        "TIME_LIMIT": Limit.TIME,
+        "MEM_LIMIT": Limit.MEMORY,
+        "NUMERIC": Limit.NUMERIC,
+        "SUBOPTIMAL": Limit.NUMERIC,
+    },
+    # Gurobi calls a mixed-integer program unbounded if its relaxation is, whether or not it has a point.
+    unclear=frozenset({"UNBOUNDED", "INF_OR_UNBD"}),
+    gap="MIPGap",
+    absolute_gap="MIPGapAbs",
+    time="TimeLimit",
+    nodes="NodeLimit",
+    threads="Threads",
+    seed="Seed",
+    seeds=2_000_000_000,
+)
 
 
 @functools.cache
@@ -105,7 +115,7 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
     began = time.perf_counter()
     try:
         with _environment(gp) as env, gp.Model(env=env) as model:
-            for name, value in _parameters(limits).items():
+            for name, value in DIALECT.parameters(limits).items():
                 model.setParam(name, value)
             variables = _load(gp, model, program)
             model.optimize()
@@ -121,21 +131,6 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
         raise SolverError(
             f"Gurobi failed: {str(error).rstrip('.')}; try `solver=highs`."
         ) from error
-
-
-def _parameters(limits: SolverLimits) -> dict[str, Any]:
-    """Gurobi's parameters for the limits."""
-    parameters: dict[str, Any] = {
-        "MIPGap": limits.gap,
-        "MIPGapAbs": ABSOLUTE_GAP,
-        "Threads": limits.threads or 1,
-        "Seed": limits.seed % MAX_SEED,
-    }
-    if limits.time_s is not None:
-        parameters["TimeLimit"] = limits.time_s
-    if limits.nodes is not None:
-        parameters["NodeLimit"] = limits.nodes
-    return parameters
 
 
 def _load(gp: Any, model: Any, program: Program) -> Any:
@@ -192,24 +187,15 @@ def _read(
         values = np.zeros(0) if variables is None else np.asarray(variables.X, np.float64)
     if program.integer.any():
         bound = float(model.ObjBound)
-    if status == "OPTIMAL":
-        assert values is not None
-        if bound is None:
-            bound = program.value(values)
-        seconds = time.perf_counter() - began
-        return solution(program, NAME, seconds, Termination.OPTIMAL, values=values, bound=bound)
-    if status == "INFEASIBLE":
-        return solution(program, NAME, time.perf_counter() - began, Termination.INFEASIBLE)
-    if status in ("UNBOUNDED", "INF_OR_UNBD"):
-        # Gurobi calls a mixed-integer program unbounded if its relaxation is, whether or not it has a point.
-        end = infeasible_or_unbounded(program, limits, solve)
-        return solution(program, NAME, time.perf_counter() - began, end)
-    limit = _LIMITS.get(status)
-    if limit is None or (limit is Limit.NUMERIC and values is None):
-        raise SolverError(f"Gurobi ended with status {status}; try `solver=highs`.")
-    end = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
-    seconds = time.perf_counter() - began
-    return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
+    return DIALECT.solution(
+        program,
+        limits,
+        solve,
+        status=status,
+        began=began,
+        values=values,
+        bound=bound,
+    )
 
 
 def _status_name(gp: Any, model: Any) -> str:
@@ -268,7 +254,7 @@ def _gurobipy() -> Any:
 
 
 BACKEND = Backend(
-    name=NAME,
+    name=DIALECT.name,
     package="gurobipy",
     licence=licence,
     rows=rows,

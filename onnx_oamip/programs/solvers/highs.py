@@ -11,6 +11,7 @@ import numpy as np
 
 from onnx_oamip.core.errors import SolverError
 from onnx_oamip.programs import Program
+from onnx_oamip.programs.solvers.dialect import Dialect
 from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
@@ -19,28 +20,41 @@ from onnx_oamip.programs.solvers.spec import (
     SolverLimits,
     Termination,
     importing,
-    infeasible_or_unbounded,
     open_source,
     run_interruptibly,
     solution,
 )
 
-NAME = "highs"
-ABSOLUTE_GAP = 1e-9
-"""Below HiGHS's own 1e-6, which would end the solve of a program with a small objective far from its optimum."""
 ROW_WISE = 2
 """HiGHS's code for a matrix in compressed rows."""
 MINIMISE = 1
 """HiGHS's code for the sense of the objective."""
-_LIMITS = {
-    "kTimeLimit": Limit.TIME,
-    "kSolutionLimit": Limit.NODE,  # HiGHS reports its node limit so
-    "kIterationLimit": Limit.ITERATION,
-    "kMemoryLimit": Limit.MEMORY,
-    "kUnknown": Limit.NUMERIC,
-    "kSolveError": Limit.NUMERIC,
-    "kPostsolveError": Limit.NUMERIC,
-}
+DIALECT = Dialect(
+    name="highs",
+    title="HiGHS",
+    instead="gurobi",
+    ends={
+        "kOptimal": Termination.OPTIMAL,
+        "kInfeasible": Termination.INFEASIBLE,
+        "kUnbounded": Termination.UNBOUNDED,
+    },
+    limits={
+        "kTimeLimit": Limit.TIME,
+        "kSolutionLimit": Limit.NODE,  # HiGHS reports its node limit so
+        "kIterationLimit": Limit.ITERATION,
+        "kMemoryLimit": Limit.MEMORY,
+        "kUnknown": Limit.NUMERIC,
+        "kSolveError": Limit.NUMERIC,
+        "kPostsolveError": Limit.NUMERIC,
+    },
+    unclear=frozenset({"kUnboundedOrInfeasible"}),
+    gap="mip_rel_gap",
+    absolute_gap="mip_abs_gap",
+    time="time_limit",
+    nodes="mip_max_nodes",
+    threads="threads",
+    seed="random_seed",
+)
 
 
 def licence() -> Licence:
@@ -68,17 +82,32 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
     highspy = _highspy()
     began = time.perf_counter()
     highs = _silent(highspy)
-    for name, value in _options(limits).items():
+    for name, value in DIALECT.parameters(limits).items():
         highs.setOptionValue(name, value)
+    highs.setOptionValue("parallel", "off" if limits.threads in (None, 1) else "on")
     if _load(highs, program) == highspy.HighsStatus.kError:
         raise SolverError(
             "HiGHS refused the program's arrays; its coefficients may be out of range."
         )
     _run(highs)
-    if highs.getModelStatus().name == "kUnboundedOrInfeasible":
-        end = infeasible_or_unbounded(program, limits, solve)
-        return solution(program, NAME, time.perf_counter() - began, end)
-    return _read(highspy, highs, program, time.perf_counter() - began)
+    status = highs.getModelStatus().name
+    if status == "kModelEmpty":
+        return _without_variables(program, time.perf_counter() - began)
+    info = highs.getInfo()
+    values = bound = None
+    if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
+        values = np.asarray(highs.getSolution().col_value, np.float64)
+    if program.integer.any():
+        bound = float(info.mip_dual_bound)
+    return DIALECT.solution(
+        program,
+        limits,
+        solve,
+        status=status,
+        began=began,
+        values=values,
+        bound=bound,
+    )
 
 
 def write(
@@ -112,59 +141,6 @@ def write(
         raise SolverError(f"HiGHS cannot write the program to {path}.")
 
 
-def _options(limits: SolverLimits) -> dict[str, Any]:
-    """HiGHS's options for the limits."""
-    threads = limits.threads or 1
-    options: dict[str, Any] = {
-        "output_flag": False,
-        "mip_rel_gap": limits.gap,
-        "mip_abs_gap": ABSOLUTE_GAP,
-        "threads": threads,
-        "parallel": "on" if threads > 1 else "off",
-        "random_seed": limits.seed % 2**31,
-    }
-    if limits.time_s is not None:
-        options["time_limit"] = float(limits.time_s)
-    if limits.nodes is not None:
-        options["mip_max_nodes"] = limits.nodes
-    return options
-
-
-def _read(
-    highspy: Any,
-    highs: Any,
-    program: Program,
-    seconds: float,
-) -> Solution:
-    """Translate the state of HiGHS after a run."""
-    status = highs.getModelStatus().name
-    info = highs.getInfo()
-    values = bound = None
-    if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
-        values = np.asarray(highs.getSolution().col_value, np.float64)
-    if program.integer.any():
-        bound = float(info.mip_dual_bound)
-    if status == "kOptimal":
-        assert values is not None
-        if bound is None:
-            bound = program.value(values)
-        return solution(program, NAME, seconds, Termination.OPTIMAL, values=values, bound=bound)
-    if status == "kModelEmpty":
-        return _without_variables(program, seconds)
-    if status == "kInfeasible":
-        return solution(program, NAME, seconds, Termination.INFEASIBLE)
-    if status == "kUnbounded":
-        return solution(program, NAME, seconds, Termination.UNBOUNDED)
-    limit = _LIMITS.get(status)
-    if limit is None or (limit is Limit.NUMERIC and values is None):
-        raise SolverError(f"HiGHS ended with status {status}; try `solver=gurobi`.")
-    if values is None:
-        end = Termination.NO_SOLUTION
-    else:
-        end = Termination.FEASIBLE
-    return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
-
-
 def _without_variables(program: Program, seconds: float) -> Solution:
     """Solution of a program that HiGHS calls empty: its only point either satisfies the rows or does not."""
     point = np.zeros(program.n_variables)
@@ -173,7 +149,7 @@ def _without_variables(program: Program, seconds: float) -> Solution:
         end = Termination.OPTIMAL
     else:
         end = Termination.INFEASIBLE
-    return solution(program, NAME, seconds, end, values=point, bound=program.value(point))
+    return solution(program, DIALECT.name, seconds, end, values=point, bound=program.value(point))
 
 
 def _silent(highspy: Any) -> Any:
@@ -224,7 +200,7 @@ def _run(highs: Any) -> None:
     takes any. It also leaves the calling thread free to receive Ctrl-C, which ends the solve and is raised again.
     """
     highs.HandleUserInterrupt = True
-    run_interruptibly(highs.run, highs.cancelSolve, name="HiGHS", instead="gurobi")
+    run_interruptibly(highs.run, highs.cancelSolve, name=DIALECT.title, instead=DIALECT.instead)
 
 
 def _highspy() -> Any:
@@ -234,7 +210,7 @@ def _highspy() -> Any:
 
 
 BACKEND = Backend(
-    name=NAME,
+    name=DIALECT.name,
     package="highspy",
     licence=licence,
     rows=lambda program: program.n_rows,

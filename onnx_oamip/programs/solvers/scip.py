@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.core.errors import SolverError
 from onnx_oamip.core.records import Floats
 from onnx_oamip.programs import Program
+from onnx_oamip.programs.solvers.dialect import Dialect
 from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
@@ -18,24 +18,33 @@ from onnx_oamip.programs.solvers.spec import (
     SolverLimits,
     Termination,
     importing,
-    infeasible_or_unbounded,
     open_source,
     run_interruptibly,
     solution,
 )
 
-NAME = "scip"
-ABSOLUTE_GAP = 1e-9
-MAX_SEED = 2**31
-"""Seeds are taken modulo this, SCIP's upper bound."""
-_OPTIMAL = {"optimal", "gaplimit"}
-"""Statuses of a solve that reached its gap."""
-_LIMITS = {
-    "timelimit": Limit.TIME,
-    "nodelimit": Limit.NODE,
-    "totalnodelimit": Limit.NODE,
-    "memlimit": Limit.MEMORY,
-}
+DIALECT = Dialect(
+    name="scip",
+    title="SCIP",
+    instead="highs",
+    ends={
+        "optimal": Termination.OPTIMAL,
+        "gaplimit": Termination.OPTIMAL,
+        "infeasible": Termination.INFEASIBLE,
+    },
+    limits={
+        "timelimit": Limit.TIME,
+        "nodelimit": Limit.NODE,
+        "totalnodelimit": Limit.NODE,
+        "memlimit": Limit.MEMORY,
+    },
+    unclear=frozenset({"unbounded", "inforunbd"}),
+    gap="limits/gap",
+    absolute_gap="limits/absgap",
+    time="limits/time",
+    nodes="limits/totalnodes",
+    seed="randomization/randomseedshift",
+)
 
 
 def licence() -> Licence:
@@ -62,19 +71,34 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
     """
     began = time.perf_counter()
     if _empty_row_is_violated(program):
-        return solution(program, NAME, time.perf_counter() - began, Termination.INFEASIBLE)
+        seconds = time.perf_counter() - began
+        return solution(program, DIALECT.name, seconds, Termination.INFEASIBLE)
     scip = _pyscipopt()
     model = scip.Model()
     model.hideOutput()
-    for name, value in _parameters(limits).items():
+    model.setParam("misc/catchctrlc", False)
+    for name, value in DIALECT.parameters(limits).items():
         model.setParam(name, value)
     variables = _load(scip, model, program)
-    run_interruptibly(model.optimizeNogil, model.interruptSolve, name="SCIP", instead="highs")
-    status = model.getStatus()
-    if status in ("unbounded", "inforunbd"):
-        end = infeasible_or_unbounded(program, limits, solve)
-        return solution(program, NAME, time.perf_counter() - began, end)
-    return _read(model, variables, program, status=status, seconds=time.perf_counter() - began)
+    run_interruptibly(
+        model.optimizeNogil,
+        model.interruptSolve,
+        name=DIALECT.title,
+        instead=DIALECT.instead,
+    )
+    values = None
+    if model.getNSols():
+        best = model.getBestSol()
+        values = np.asarray([model.getSolVal(best, v) for v in variables], np.float64)
+    return DIALECT.solution(
+        program,
+        limits,
+        solve,
+        status=model.getStatus(),
+        began=began,
+        values=values,
+        bound=float(model.getDualbound()),
+    )
 
 
 def _empty_row_is_violated(program: Program) -> bool:
@@ -82,21 +106,6 @@ def _empty_row_is_violated(program: Program) -> bool:
     empty = np.diff(program.matrix.indptr) == 0
     excludes_zero = (program.row_lower > 0) | (program.row_upper < 0)
     return bool((empty & excludes_zero).any())
-
-
-def _parameters(limits: SolverLimits) -> dict[str, Any]:
-    """SCIP's parameters for the limits."""
-    parameters: dict[str, Any] = {
-        "limits/gap": limits.gap,
-        "limits/absgap": ABSOLUTE_GAP,
-        "randomization/randomseedshift": limits.seed % MAX_SEED,
-        "misc/catchctrlc": False,
-    }
-    if limits.time_s is not None:
-        parameters["limits/time"] = float(limits.time_s)
-    if limits.nodes is not None:
-        parameters["limits/totalnodes"] = limits.nodes
-    return parameters
 
 
 def _load(scip: Any, model: Any, program: Program) -> list[Any]:
@@ -140,35 +149,6 @@ def _propose(model: Any, variables: list[Any], start: Floats) -> None:
     model.addSol(point)
 
 
-def _read(
-    model: Any,
-    variables: list[Any],
-    program: Program,
-    *,
-    status: str,
-    seconds: float,
-) -> Solution:
-    """Translate the state of SCIP after a run."""
-    values = None
-    if model.getNSols():
-        best = model.getBestSol()
-        values = np.asarray([model.getSolVal(best, v) for v in variables], np.float64)
-    if status == "infeasible":
-        return solution(program, NAME, seconds, Termination.INFEASIBLE)
-    if status in _OPTIMAL and values is not None:
-        if program.integer.any():
-            bound = float(model.getDualbound())
-        else:
-            bound = program.value(values)
-        return solution(program, NAME, seconds, Termination.OPTIMAL, values=values, bound=bound)
-    limit = _LIMITS.get(status)
-    if limit is None:
-        raise SolverError(f"SCIP ended with status {status}; try `solver=highs`.")
-    end = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
-    bound = float(model.getDualbound())
-    return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
-
-
 def _pyscipopt() -> Any:
     with importing("pyscipopt"):
         import pyscipopt
@@ -176,7 +156,7 @@ def _pyscipopt() -> Any:
 
 
 BACKEND = Backend(
-    name=NAME,
+    name=DIALECT.name,
     package="pyscipopt",
     licence=licence,
     rows=lambda program: program.n_rows,
