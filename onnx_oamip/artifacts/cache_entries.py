@@ -75,9 +75,14 @@ def _unpack_moments(arrays: Mapping[str, Array]) -> dict[tuple[str, int], Moment
 
 
 def _pack_grams(grams: Mapping[str, Gram]) -> dict[str, Array]:
-    index = [[name, gram.taps, gram.rows, gram.factor is not None] for name, gram in grams.items()]
+    # Nodes that share a weight have one covariance, which is kept under the name of the first.
+    distinct = {name: gram for name, gram in grams.items() if not gram.uses or name == gram.uses[0]}
+    index = [
+        [name, gram.taps, gram.rows, gram.factor is not None, *gram.uses]
+        for name, gram in distinct.items()
+    ]
     arrays: dict[str, Array] = {"index": _as_text(index)}
-    for i, gram in enumerate(grams.values()):
+    for i, gram in enumerate(distinct.values()):
         arrays[f"values{i}"] = gram.values
         arrays[f"mean{i}"] = gram.mean
         arrays[f"columns{i}"] = gram.columns
@@ -85,17 +90,19 @@ def _pack_grams(grams: Mapping[str, Gram]) -> dict[str, Array]:
 
 
 def _unpack_grams(arrays: Mapping[str, Array]) -> dict[str, Gram]:
-    grams = {}
-    for i, (name, taps, rows, is_factor) in enumerate(_from_text(arrays["index"])):
+    grams: dict[str, Gram] = {}
+    for i, (name, taps, rows, is_factor, *uses) in enumerate(_from_text(arrays["index"])):
         values = arrays[f"values{i}"]
-        grams[name] = Gram(
+        gram = Gram(
             matrix=None if is_factor else values,
             mean=arrays[f"mean{i}"],
             columns=arrays[f"columns{i}"],
             taps=taps,
             rows=rows,
             factor=values if is_factor else None,
+            uses=tuple(uses),
         )
+        grams |= dict.fromkeys(uses or [name], gram)
     return grams
 
 

@@ -37,17 +37,32 @@ Blocks = Sequence[tuple[Floats, Floats]]
 
 
 @dataclass(frozen=True, eq=False)
+class Repaired:
+    """A repaired linear consumer.
+
+    Attributes:
+        first: Name of the first node that shares its weight.
+        weight: Weight in the layout of the node.
+        shift: Shift that broadcasts to its output.
+    """
+
+    first: str
+    weight: Array
+    shift: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Background:
     """A plan as values for the original graph.
 
     Attributes:
         removed: Units that the plan removes (n,).
-        repaired: Weight in the layout of the node, and shift that broadcasts to its output, by linear consumer.
+        repaired: Linear consumers that are repaired, by node.
         masks: Consumers of another kind with their :class:`Mask`, by node.
     """
 
     removed: Ints
-    repaired: Mapping[str, tuple[Array, Array]]
+    repaired: Mapping[str, Repaired]
     masks: Mapping[str, Sequence[tuple[Consumer, Mask]]]
 
 
@@ -67,18 +82,23 @@ def background(
         The values.
     """
     gone = np.flatnonzero(~keep)
-    repaired: dict[str, tuple[Array, Array]] = {}
+    repaired: dict[str, Repaired] = {}
     for index, group in enumerate(coupling.groups):
         removed = np.flatnonzero(~keep[group.units])
         if not len(removed):
             continue
-        blocks: dict[str, list[tuple[Floats, Floats]]] = {}
+        blocks: dict[tuple[str, ...], list[tuple[Floats, Floats]]] = {}
         for problem in problems(model, coupling, grams, index):
             # A consumer of several groups is repaired for all of them at once, with the first one.
-            if problem.consumer.node not in repaired:
+            if problem.uses[0] not in repaired:
                 found = compensate(problem, removed, repair, gone)
-                blocks.setdefault(problem.consumer.node, []).append(problem.unfold(*found))
-        repaired |= {name: consumer_values(model, name, found) for name, found in blocks.items()}
+                blocks.setdefault(problem.uses, []).append(problem.unfold(*found))
+        for uses, several in blocks.items():
+            weight = consumer_weight(model, uses[0], several)
+            repaired |= {
+                name: Repaired(uses[0], weight, consumer_shift(model, name, several))
+                for name in uses
+            }
     nodes = {node.name: node for node in model.every}
     masks: dict[str, list[tuple[Consumer, Mask]]] = {}
     for consumer, labels in _consumers(coupling):
@@ -118,8 +138,10 @@ def surrounding(
         if copy.name in around.repaired:
             place = site(nodes[copy.name], model.constants)
             assert place is not None
-            weight, shift = (f"oamip_around_{part}_{copy.name}" for part in ("weight", "shift"))
-            added[weight], added[shift] = around.repaired[copy.name]
+            own_values = around.repaired[copy.name]
+            weight = f"oamip_around_weight_{own_values.first}"
+            shift = f"oamip_around_shift_{copy.name}"
+            added[weight], added[shift] = own_values.weight, own_values.shift
             inner, output = f"oamip_around_{copy.name}", copy.output[0]
             copy.input[place.weight_slot] = weight
             copy.output[0] = inner
@@ -136,8 +158,8 @@ def surrounding(
     return proto
 
 
-def consumer_values(model: Model, name: str, blocks: Blocks) -> tuple[Array, Array]:
-    """Write repaired blocks as the weight of a consumer and a shift of its output.
+def consumer_weight(model: Model, name: str, blocks: Blocks) -> Array:
+    """Write repaired blocks as the weight of a consumer.
 
     Args:
         model: The original.
@@ -145,15 +167,30 @@ def consumer_values(model: Model, name: str, blocks: Blocks) -> tuple[Array, Arr
         blocks: Its repaired blocks.
 
     Returns:
-        The weight in the layout of the node, and the shift with the axes of its output.
+        The weight in the layout of the node.
     """
     place = _site(model, name)
     like = model.constants[place.weight]
     weight = np.stack([w for w, _ in blocks]).reshape(matrix_shape(place, like))
+    return unmatrix(place, weight / place.factor, like)
+
+
+def consumer_shift(model: Model, name: str, blocks: Blocks) -> Array:
+    """Write the shifts of repaired blocks as one of the output of a consumer.
+
+    Args:
+        model: The original.
+        name: Name of the consumer.
+        blocks: Its repaired blocks.
+
+    Returns:
+        The shift with the axes of the output.
+    """
+    place = _site(model, name)
     shift = np.concatenate([s for _, s in blocks])
     view = [1] * len(model.shapes[place.node.outputs[0]])
     view[place.output_axis] = -1
-    return unmatrix(place, weight / place.factor, like), shift.reshape(view).astype(like.dtype)
+    return shift.reshape(view).astype(model.constants[place.weight].dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,8 @@ from onnx_oamip.planning.background import (
     apply_mask,
     background,
     channel_mask,
-    consumer_values,
+    consumer_shift,
+    consumer_weight,
     surrounding,
 )
 from onnx_oamip.statistics.layer_problems import (
@@ -364,7 +365,7 @@ class _Part:
         self.others: Ints | None = None
         if whole.around is not None:
             self.others = np.setdiff1d(whole.around.removed, self.units)
-        self.linear = {p.consumer.node: p.consumer for p in found}
+        self.linear = {name: p.uses[0] for p in found for name in p.uses}
         self.wanted = wanted
         # A node may read the group at several places (a recurrent one: its input and its own state).
         self.masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
@@ -411,6 +412,7 @@ class _Part:
 
     def _open(self, proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
         """Turn weights into inputs, add bias shifts behind and masks before the consumers."""
+        weights: set[str] = set()
 
         def opened(node: onnx.NodeProto) -> list[onnx.NodeProto]:
             nodes: list[onnx.NodeProto] = []
@@ -423,10 +425,11 @@ class _Part:
                 )
                 assert place is not None
                 kind = types[place.weight]
-                copy.input[place.weight_slot] = f"oamip_weight_{copy.name}"
-                proto.graph.input.append(
-                    helper.make_tensor_value_info(copy.input[place.weight_slot], kind, None)
-                )
+                weight = f"oamip_weight_{self.linear[copy.name]}"
+                copy.input[place.weight_slot] = weight
+                if weight not in weights:
+                    weights.add(weight)
+                    proto.graph.input.append(helper.make_tensor_value_info(weight, kind, None))
                 proto.graph.input.append(
                     helper.make_tensor_value_info(f"oamip_shift_{copy.name}", kind, None)
                 )
@@ -489,14 +492,14 @@ class _Part:
     def level(self, removed: Ints) -> dict[str, Array]:
         """Inputs that take away the units at positions ``removed`` of the group and repair the consumers."""
         result: dict[str, Array] = {}
-        repaired: dict[str, list[tuple[Floats, Floats]]] = {}
+        repaired: dict[tuple[str, ...], list[tuple[Floats, Floats]]] = {}
         for problem in self.found:
-            mended = compensate(problem, removed, self.repair, self.others)
-            repaired.setdefault(problem.consumer.node, []).append(problem.unfold(*mended))
-        for name, blocks in repaired.items():
-            weight, shift = consumer_values(self.model, name, blocks)
-            result[f"oamip_weight_{name}"] = weight
-            result[f"oamip_shift_{name}"] = shift
+            fitted = compensate(problem, removed, self.repair, self.others)
+            repaired.setdefault(problem.uses, []).append(problem.unfold(*fitted))
+        for uses, blocks in repaired.items():
+            result[f"oamip_weight_{uses[0]}"] = consumer_weight(self.model, uses[0], blocks)
+            for name in uses:
+                result[f"oamip_shift_{name}"] = consumer_shift(self.model, name, blocks)
         gone = self.units[removed]
         if self.others is not None:
             gone = np.append(gone, self.others)

@@ -11,10 +11,11 @@ from onnx_oamip.graph.im2col import row_count
 from onnx_oamip.graph.linear_layers import Editor, matrix_shape, quantised, site
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.partial_execution import Slicer
+from onnx_oamip.graph.weight_sharing import Sharing
 from onnx_oamip.repair import recurrent
 from onnx_oamip.repair.cut_model import Cut, notes_on_bodies
 from onnx_oamip.repair.row_sampling import GRAM_CAP, is_wide, row_limit
-from onnx_oamip.repair.shared_weights import Family, Sharing, schedule
+from onnx_oamip.repair.shared_weights import Family, schedule
 
 SHORT = 0.1
 """Share of all rows that a fit of a node samples, from which on augmented copies are added to its rows."""

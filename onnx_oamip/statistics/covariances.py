@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -26,6 +27,7 @@ from onnx_oamip.graph.im2col import data_rows, pick, pick_weighted
 from onnx_oamip.graph.linear_layers import matrix_shape, site
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import element_types, stream
+from onnx_oamip.graph.weight_sharing import Sharing
 from onnx_oamip.objective.position_weights import PositionWeights
 
 CAP = 2304
@@ -70,27 +72,34 @@ def collect(
         weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
 
     Returns:
-        Covariances by consumer node.
+        Covariances by consumer node; nodes that share a weight have the same one, of the rows of all of them.
     """
-    sums: list[_Sum | _Factor] = []
-    for layer, columns in _layers(model, coupling, cap):
-        with memory_for(_purpose(layer)):
-            if _has_matrix(columns, limit):
-                sums.append(_Sum(model, layer, columns))
-            else:
-                sums.append(_Factor(model, layer, columns, limit))
-    rows = _Chosen(model, sums, feeds, seed, weights)
+    families = _families(model, coupling, cap)
+    sums: dict[str, _Sum | _Factor] = {}
+    uses: list[_Rows] = []
+    for family in families:
+        first = family.layers[0]
+        most = None if _has_matrix(family.columns, limit) else _most_values(limit)
+        uses += [_Rows(model, layer, family, most) for layer in family.layers]
+        with memory_for(_purpose(first)):
+            sums |= dict.fromkeys(family.names, _empty(model, family, most))
+    order = {node.name: i for i, node in enumerate(model.nodes)}
+    uses.sort(key=lambda use: order[use.layer.node.name])
+    rows = _Chosen(model, uses, feeds, seed, weights)
     types = element_types(model.proto, model.dtypes)
-    targets = [total.layer.data for total in sums]
+    targets = [use.layer.data for use in uses]
     for b, i, value in stream(model.proto, feeds, targets, types, device):
-        total = sums[i]
+        use = uses[i]
         # The caller refuses sums that are not finite; a warning would only repeat it.
-        with memory_for(_purpose(total.layer)), np.errstate(over="ignore", invalid="ignore"):
-            total.add(value, rows.of(i, b, value))
-        if progress and i + 1 == len(sums):
+        with memory_for(_purpose(use.layer)), np.errstate(over="ignore", invalid="ignore"):
+            chosen = rows.of(i, b, value)
+            sums[use.layer.node.name].add(use.equations(value, chosen), chosen)
+        if progress and i + 1 == len(uses):
             progress("gram", b + 1, len(feeds))
     with np.errstate(over="ignore", invalid="ignore"):
-        return {total.layer.node.name: total.gram() for total in sums}
+        found = {family.names: sums[family.names[0]].gram(family) for family in families}
+    by_node = {name: gram for names, gram in found.items() for name in names}
+    return {use.layer.node.name: by_node[use.layer.node.name] for use in uses}
 
 
 def fits(
@@ -112,10 +121,14 @@ def fits(
     Returns:
         True if the entry can hold the covariances of the model.
     """
-    expected = _layers(model, coupling, cap)
-    if list(grams) != [layer.node.name for layer, _ in expected]:
+    families = _families(model, coupling, cap)
+    if set(grams) != {name for family in families for name in family.names}:
         return False
-    for (layer, columns), gram in zip(expected, grams.values(), strict=True):
+    for family in families:
+        gram = grams[family.names[0]]
+        if gram.uses != family.uses or any(grams[name] is not gram for name in family.names):
+            return False
+        layer, columns = family.layers[0], family.columns
         groups = matrix_shape(layer, model.constants[layer.weight])[0]
         size = len(columns)
         if type(gram.rows) is not int or type(gram.taps) is not int:
@@ -181,22 +194,58 @@ def _batch(model: Model, feed: Mapping[str, Array]) -> Fraction:
     return Fraction(len(feed[name]), shape[0])
 
 
-def _layers(
+@dataclass(frozen=True)
+class _Family:
+    """Linear consumers that share a weight and read the same units.
+
+    Attributes:
+        layers: The consumers in graph order; one for a weight that is not shared.
+        columns: Inputs of the columns (d, fold).
+    """
+
+    layers: tuple[Site, ...]
+    columns: Ints
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the nodes."""
+        return tuple(layer.node.name for layer in self.layers)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of the nodes if there are several, as :class:`Gram` has them."""
+        return self.names if len(self.layers) > 1 else ()
+
+
+def _families(
     model: Model,
     coupling: Coupling,
     cap: int,
-) -> list[tuple[Site, Ints]]:
-    """Linear consumers in graph order, each with the inputs (d, fold) of its columns."""
+) -> list[_Family]:
+    """Linear consumers in the order of the first one that shares their weight."""
     axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
-    result = []
+    sharing = Sharing(model)
+    result: list[_Family] = []
+    done: set[str] = set()
     for node in model.nodes:
-        if node.name in axes:
-            layer = site(node, model.constants)
-        else:
-            layer = None
-        if layer is not None:
-            weight = model.constants[layer.weight]
-            result.append((layer, _columns(layer, weight, axes[node.name], cap)))
+        is_due = node.name in axes and node.name not in done
+        layer = site(node, model.constants) if is_due else None
+        if layer is None:
+            continue
+        labels = axes[node.name]
+        layers = sharing.family(layer)
+        # A weight that is read in several forms, or through several factors, is not one set of unknowns here.
+        is_one_problem = len(layers) > 1 and not sharing.obstacle(layer)
+        is_one_problem = is_one_problem and all(
+            other.factor == layer.factor
+            and other.node.name in axes
+            and np.array_equal(axes[other.node.name], labels)
+            for other in layers
+        )
+        layers = layers if is_one_problem else (layer,)
+        family = _Family(layers, _columns(layer, model.constants[layer.weight], labels, cap))
+        result.append(family)
+        done.update(family.names)
     return result
 
 
@@ -223,8 +272,17 @@ def _columns(
 class _Rows:
     """Rows that one consumer reads: how many there are, how many to sample, and their equations."""
 
-    def __init__(self, model: Model, layer: Site, columns: Ints) -> None:
-        self.layer, self.columns = layer, columns
+    def __init__(self, model: Model, layer: Site, family: _Family, most: int | None) -> None:
+        """Describe the rows.
+
+        Args:
+            model: The model.
+            layer: The consumer.
+            family: The consumers that share its weight, which share the number of rows.
+            most: Most values of a factor; None for a matrix.
+        """
+        self.layer, self.columns = layer, family.columns
+        self.sharers, self.most = len(family.layers), most
         self.groups, _, _, self.taps = matrix_shape(layer, model.constants[layer.weight])
         self.data_shape = model.shapes[layer.data]
         self.output_shape = model.shapes[layer.node.outputs[0]]
@@ -236,12 +294,19 @@ class _Rows:
             feeds: Number of feeds.
 
         Returns:
-            Number of rows.
+            Number of rows; those of a factor do not exceed the limits of memory and time.
         """
         size, folded = self.columns.shape
-        enough = max(ROWS_PER_UNKNOWN * size, LEAST_ROWS)
-        whole: int = max(64, min(enough, MOST_ROWS) // folded)
-        return -(-whole // feeds)
+        parts = feeds * self.sharers
+        if self.most is None:
+            enough = max(ROWS_PER_UNKNOWN * size, LEAST_ROWS)
+            whole: int = max(64, min(enough, MOST_ROWS) // folded)
+            return -(-whole // parts)
+        in_memory = self.most // (self.groups * size)
+        in_time = math.isqrt(int(MOST_FLOPS / (FLOPS_PER_VALUE * self.groups * size)))
+        equations = max(LEAST_FACTOR_ROWS, min(in_memory, in_time, MOST_ROWS))
+        rows: int = max(1, equations // (folded * parts))
+        return rows
 
     def rows(self, batch: Fraction) -> int:
         """Compute the rows of a feed from the shapes of the model.
@@ -326,30 +391,42 @@ class _Chosen:
         return pick_weighted(self.weights[feed].rows(axes), wanted, rng)
 
 
-class _Sum(_Rows):
+def _most_values(limit: int | None) -> int:
+    """Most values of a factor."""
+    return MOST_VALUES if limit is None else min(MOST_VALUES, limit)
+
+
+def _empty(model: Model, family: _Family, most: int | None) -> _Sum | _Factor:
+    """Sums over the rows of consumers that share a weight, or the rows themselves where a factor is kept."""
+    first = family.layers[0]
+    groups, _, _, taps = matrix_shape(first, model.constants[first.weight])
+    if most is None:
+        return _Sum(groups, len(family.columns), taps)
+    return _Factor(taps)
+
+
+class _Sum:
     """Sums over rows: of the columns (groups, d), and of their products (groups, d, d).
 
     They are relative to the first row: sums of squares of large values lose the digits of a small variance, and a
     constant column has the variance 0 to the last digit.
     """
 
-    def __init__(self, model: Model, layer: Site, columns: Ints) -> None:
-        super().__init__(model, layer, columns)
-        size = len(columns)
-        self.total = np.zeros((self.groups, size))
-        self.square = np.zeros((self.groups, size, size))
+    def __init__(self, groups: int, size: int, taps: int) -> None:
+        self.taps = taps
+        self.total = np.zeros((groups, size))
+        self.square = np.zeros((groups, size, size))
         self.seen = 0
         self.squared_counts = 0
         self.origin: Floats | None = None
 
-    def add(self, value: Array, rows: Ints) -> None:
-        """Add rows of one feed to the sums.
+    def add(self, equations: Floats, rows: Ints) -> None:
+        """Add rows of one consumer and feed to the sums.
 
         Args:
-            value: Value of the consumer's input for the feed.
-            rows: Indices of the rows.
+            equations: Values of the columns (groups, equations, d), changed in place.
+            rows: Indices of the rows that the equations belong to.
         """
-        equations = self.equations(value, rows)
         if not equations.shape[1]:
             return
         if self.origin is None:
@@ -361,8 +438,11 @@ class _Sum(_Rows):
         of_row = equations.shape[1] // len(rows)
         self.squared_counts += of_row * int(np.square(np.unique(rows, return_counts=True)[1]).sum())
 
-    def gram(self) -> Gram:
+    def gram(self, family: _Family) -> Gram:
         """Compute the covariance in place: the sums are not valid afterwards.
+
+        Args:
+            family: The consumers.
 
         Returns:
             The covariance of the columns; zeros if there were no rows.
@@ -375,50 +455,30 @@ class _Sum(_Rows):
             mean += self.origin
         # Rows that were chosen repeatedly say less than as many different ones (Kish's effective sample size).
         distinct = round(self.seen**2 / max(self.squared_counts, 1))
-        return Gram(self.square, mean, self.columns, self.taps, distinct)
+        return Gram(self.square, mean, family.columns, self.taps, distinct, uses=family.uses)
 
 
-class _Factor(_Rows):
+class _Factor:
     """Rows of a consumer with too many columns for a matrix: as many as its share of memory and of time allows."""
 
-    def __init__(
-        self,
-        model: Model,
-        layer: Site,
-        columns: Ints,
-        limit: int | None,
-    ) -> None:
-        super().__init__(model, layer, columns)
-        self.values = MOST_VALUES if limit is None else min(MOST_VALUES, limit)
+    def __init__(self, taps: int) -> None:
+        self.taps = taps
         self.parts: list[Floats] = []
 
-    def wanted(self, feeds: int) -> int:
-        """Compute the rows to sample from each feed.
+    def add(self, equations: Floats, _rows: Ints) -> None:
+        """Keep rows of one consumer and feed.
 
         Args:
-            feeds: Number of feeds.
-
-        Returns:
-            Number of rows, so that equations do not exceed the limits.
+            equations: Values of the columns (groups, equations, d).
+            _rows: Indices of the rows that the equations belong to.
         """
-        size, folded = self.columns.shape
-        in_memory = self.values // (self.groups * size)
-        in_time = math.isqrt(int(MOST_FLOPS / (FLOPS_PER_VALUE * self.groups * size)))
-        equations = max(LEAST_FACTOR_ROWS, min(in_memory, in_time, MOST_ROWS))
-        rows: int = max(1, equations // (folded * feeds))
-        return rows
+        self.parts.append(equations)
 
-    def add(self, value: Array, rows: Ints) -> None:
-        """Keep rows of one feed.
-
-        Args:
-            value: Value of the consumer's input for the feed.
-            rows: Indices of the rows.
-        """
-        self.parts.append(self.equations(value, rows))
-
-    def gram(self) -> Gram:
+    def gram(self, family: _Family) -> Gram:
         """Compute the factor of the covariance.
+
+        Args:
+            family: The consumers.
 
         Returns:
             The covariance of the columns.
@@ -434,4 +494,4 @@ class _Factor(_Rows):
         factor /= math.sqrt(count)
         if rows:
             mean += origin
-        return Gram(None, mean[:, 0], self.columns, self.taps, rows, factor)
+        return Gram(None, mean[:, 0], family.columns, self.taps, rows, factor, family.uses)

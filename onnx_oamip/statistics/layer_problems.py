@@ -7,7 +7,7 @@ in the covariance G of x.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -38,7 +38,7 @@ class Problem:
     """One consumer (one block of it) as seen by one group: ``y = W x`` with the covariance of x.
 
     Attributes:
-        consumer: The consumer.
+        consumer: The consumer; the first of those that share its weight.
         block: Index of the block of a grouped convolution.
         weight: W (outputs * fold, d).
         gram: Covariance G (d, d) with the ridge on its diagonal; None if ``factor`` stands for it.
@@ -51,6 +51,7 @@ class Problem:
         factor: F (rows, d) with ``G = F' F + ridge I``, of a consumer with many columns; else None.
         units: Unit of each column (d,), of this group or another one; -1 where there is none.
         divisors: Numbers (d,) that x was divided by, and W multiplied with, to be of similar size; None for ones.
+        uses: Names of the nodes that share the weight: their problems are one, over the rows of all of them.
     """
 
     consumer: Consumer
@@ -66,6 +67,7 @@ class Problem:
     factor: Floats | None = None
     units: Ints | None = None
     divisors: Floats | None = None
+    uses: tuple[str, ...] = ()
 
     @property
     def constant(self) -> Bools:
@@ -126,7 +128,7 @@ def problems(
         group: Index of the group.
 
     Returns:
-        One problem per consumer and block, in graph order.
+        One problem per weight and block, in the order of the first consumer of the weight.
     """
     units = coupling.groups[group].units
     nodes = {node.name: node for node in model.nodes}
@@ -135,6 +137,8 @@ def problems(
         labels = coupling.axes[consumer.data, consumer.axis]
         gram = grams.get(consumer.node)
         if gram is None or not np.isin(labels, units).any():
+            continue
+        if gram.uses and consumer.node != gram.uses[0]:
             continue
         layer = site(nodes[consumer.node], model.constants)
         assert layer is not None
@@ -151,7 +155,18 @@ def problems(
                 units=units,
             )
             result.append(problem)
-    return result
+    return _in_proportion(result)
+
+
+def _in_proportion(found: list[Problem]) -> list[Problem]:
+    """Problems that weigh as much as they have uses, 1 on average."""
+    counts = [len(problem.uses) for problem in found]
+    if not found or max(counts) == 1:
+        return found
+    mean = sum(counts) / len(counts)
+    return [
+        replace(problem, share=count / mean) for problem, count in zip(found, counts, strict=True)
+    ]
 
 
 def _problem(
@@ -214,6 +229,7 @@ def _problem(
         ridge=ridge,
         factor=factor,
         divisors=divisors,
+        uses=gram.uses or (consumer.node,),
     )
 
 

@@ -94,11 +94,12 @@ def weighted(found: Sequence[Problem], relevance: Mapping[str, Floats]) -> list[
     result = []
     for problem in found:
         outs = len(problem.weight) // problem.spread.shape[1]
-        values = relevance[problem.consumer.node].reshape(-1, outs)[problem.block]
+        of_uses = np.mean([relevance[name] for name in problem.uses], axis=0)
+        values = of_uses.reshape(-1, outs)[problem.block]
         roots = np.sqrt(np.repeat(values, problem.spread.shape[1]))
         weight = roots[:, None] * problem.weight
         scale = max(problem.variance(weight), TINY)
-        result.append(replace(problem, weight=weight, scale=scale, share=scale))
+        result.append(replace(problem, weight=weight, scale=scale, share=scale * len(problem.uses)))
     mean = sum(problem.share for problem in result) / max(len(result), 1)
     return [replace(problem, share=problem.share / mean) for problem in result]
 

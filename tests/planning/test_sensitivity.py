@@ -59,7 +59,7 @@ def by_hand(
         if not np.isin(labels, gone).any():
             continue
         node = nodes[consumer.node]
-        blocks = [p for p in found if p.consumer == consumer]
+        blocks = [p for p in found if consumer.node in p.uses and consumer.slot == p.consumer.slot]
         if not blocks:  # nothing to repair with: zeros
             view = [1] * len(model.shapes[consumer.data])
             view[consumer.axis] = -1

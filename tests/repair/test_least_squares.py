@@ -46,11 +46,11 @@ from onnx_oamip.core.records import Array, Coupling, Floats, Model, Pruned
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph import partial_execution
+from onnx_oamip.graph import partial_execution, weight_sharing
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.repair import least_squares, ridge, row_sampling, shared_weights, targets
+from onnx_oamip.repair import least_squares, ridge, row_sampling, targets
 from onnx_oamip.repair.residual_joins import join
 from onnx_oamip.repair.shared_weights import Family
 
@@ -791,7 +791,7 @@ def test_join_compensates_the_error_of_the_other_branch(
 ) -> None:
     """The branches with the weight u stay wrong; those beside them read what it takes to make up for that."""
     monkeypatch.setattr(
-        shared_weights.Sharing, "obstacle", lambda _, place: "kept" if place.weight == "u" else ""
+        weight_sharing.Sharing, "obstacle", lambda _, place: "kept" if place.weight == "u" else ""
     )
     proto = build("""(float[N,5] a, float[N,5] b) => (float[N,3] y, float[N,3] z)
     <float[5,8] wa, float[5,8] wb, float[8,3] u, float[8,3] va, float[8,3] vb, float[3] gain, float[3] c, float[3] m,

@@ -19,8 +19,9 @@ from onnx_oamip.graph.linear_layers import Editor, site
 from onnx_oamip.graph.partial_execution import Slicer
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.graph.weight_sharing import Sharing
 from onnx_oamip.repair import least_squares, ridge
-from onnx_oamip.repair.shared_weights import Family, Sharing, schedule
+from onnx_oamip.repair.shared_weights import Family, schedule
 
 TWO_BRANCHES = """(float[N,5] a, float[N,5] b) => (float[N,3] y, float[N,3] z)
 <float[5,8] wa, float[5,8] wb, float[8,3] u, float[3] ca, float[3] cb> {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from graphs import activations, build, feed, load
 from onnx import ModelProto, helper, numpy_helper
 
+from onnx_oamip.artifacts import cache_entries
 from onnx_oamip.core.records import (
     Array,
     Consumer,
@@ -31,6 +32,7 @@ from onnx_oamip.statistics.layer_problems import (
     problems,
     shrinkage,
 )
+from onnx_oamip.statistics.relevance import weighted
 
 
 @dataclass(frozen=True)
@@ -634,3 +636,82 @@ def test_only_linear_consumers_have_problems(tmp_path: Path) -> None:
     grams: Mapping[str, Gram] = covariances.collect(model, coupling, _feeds(model), "cpu")
     assert not grams
     assert problems(model, coupling, grams, 0) == []
+
+
+# -------------------------------------------------------------------------------------------------- shared weights
+
+SHARED = """(float[N,6] x, float[N,6] z) => (float[N,4] y, float[N,4] v)
+<float[6,8] w1, float[8,4] w, float[8,4] own> {
+    a = MatMul(x, w1)
+    b = MatMul(z, w1)
+    h = Relu(a)
+    g = Tanh(b)
+    u = Identity(w)
+    m = MatMul(h, w)
+    y = MatMul(h, own)
+    n = MatMul(g, u)
+    v = Add(m, n)
+}"""
+
+
+def _shared(tmp_path: Path) -> tuple[Model, Coupling, list[dict[str, Array]], tuple[str, str, str]]:
+    """A model, three feeds, and the nodes (first use, second use, alone)."""
+    model = load(build(SHARED), tmp_path)
+    by_output = {node.outputs[0]: node.name for node in model.nodes}
+    names = by_output["m"], by_output["n"], by_output["y"]
+    return model, couple(model), [feed(model, seed, 20) for seed in range(3)], names
+
+
+def test_covariance_of_a_shared_weight_is_that_of_the_rows_of_all_uses(tmp_path: Path) -> None:
+    model, coupling, feeds, (first, second, alone) = _shared(tmp_path)
+    grams = covariances.collect(model, coupling, feeds, "cpu")
+    assert list(grams) == [n.name for n in model.nodes if n.name in {first, second, alone}]
+    held = [activations(model, values, ["h", "g"]) for values in feeds]
+    of_first = np.concatenate([values["h"] for values in held]).astype(np.float64)
+    rows = np.concatenate([of_first, *(values["g"] for values in held)])
+    shared = grams[first]
+    assert grams[second] is shared
+    assert shared.uses == (first, second)
+    assert shared.rows == len(rows) == 120
+    np.testing.assert_allclose(shared.values[0], np.cov(rows.T, bias=True), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(shared.mean[0], rows.mean(axis=0), rtol=1e-6, atol=1e-9)
+    assert grams[alone].uses == ()
+    expected = np.cov(of_first.T, bias=True)
+    np.testing.assert_allclose(grams[alone].values[0], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_shared_weight_is_one_problem_of_the_weight_of_its_uses(tmp_path: Path) -> None:
+    model, coupling, feeds, (first, second, alone) = _shared(tmp_path)
+    grams = covariances.collect(model, coupling, feeds, "cpu")
+    found = problems(model, coupling, grams, 0)
+    assert {p.uses: p.share for p in found} == {(first, second): 4 / 3, (alone,): 2 / 3}
+    relevance = {name: np.full(4, value) for name, value in ((first, 1), (second, 3), (alone, 2))}
+    shared, single = weighted(found, relevance)
+    # Both have the mean relevance 2, and the shared weight has two uses.
+    assert shared.share / single.share == pytest.approx(2 * shared.scale / single.scale)
+    plain = {p.uses: p.variance(p.weight) for p in found}
+    assert shared.scale == pytest.approx(2 * plain[first, second])
+
+
+def test_covariances_of_shared_weights_survive_the_cache(tmp_path: Path) -> None:
+    model, coupling, feeds, (first, second, alone) = _shared(tmp_path)
+    grams = covariances.collect(model, coupling, feeds, "cpu")
+    arrays = cache_entries.GRAMS.pack(grams)
+    assert sum(name.startswith("values") for name in arrays) == 2
+    restored = cache_entries.GRAMS.unpack(arrays)
+    assert covariances.fits(restored, model, coupling)
+    assert restored[first] is restored[second]
+    assert not covariances.fits({**restored, second: restored[alone]}, model, coupling)
+    assert not covariances.fits({**restored, second: replace(restored[second])}, model, coupling)
+    apart = {name: replace(gram, uses=()) for name, gram in restored.items()}
+    assert not covariances.fits(apart, model, coupling)
+
+
+def test_weights_with_different_factors_have_covariances_of_their_own(tmp_path: Path) -> None:
+    text = SHARED.replace("n = MatMul(g, u)", "n = Gemm<alpha = 0.5>(g, u)")
+    text = text.replace("m = MatMul(h, w)", "m = Gemm(h, w)")
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    grams = covariances.collect(model, coupling, [feed(model, 0, 20)], "cpu")
+    assert len(grams) == 3
+    assert not any(gram.uses for gram in grams.values())

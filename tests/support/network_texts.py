@@ -33,6 +33,20 @@ CNN = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
 }"""
 
 MEASURED = {
+    "shared weights": """(float[N,5] x, float[N,3,5] z) => (float[N,4] y)
+    <float[5,8] w1, float[8,6] w2, float[6,4] w3> {
+        a = MatMul(x, w1)
+        b = MatMul(z, w1)
+        h = Relu(a)
+        g = Tanh(b)
+        u = Identity(w2)
+        m = MatMul(h, w2)
+        n = MatMul(g, u)
+        p = ReduceMean<axes = [1], keepdims = 0>(n)
+        s = Add(m, p)
+        r = Relu(s)
+        y = MatMul(r, w3)
+    }""",
     "dense": MLP,
     "conv, pool, norm, flatten": SMALL_CNN,
     "residual trunk": RESIDUAL,

@@ -51,6 +51,8 @@ class Gram:
         taps: Taps of the kernel; 1 for products.
         rows: Number of rows that it was computed from.
         factor: F (groups, rows, d) with covariance ``F' F``; None if the matrix is kept.
+        uses: Names of the nodes that share their weight, in graph order: the covariance is that of the rows of all of
+            them. Empty for a weight of one node.
     """
 
     matrix: Floats | None
@@ -59,6 +61,7 @@ class Gram:
     taps: int
     rows: int
     factor: Floats | None = None
+    uses: tuple[str, ...] = ()
 
     @property
     def values(self) -> Floats:
