@@ -150,6 +150,7 @@ class Ledger:
         batch: Samples per batch at the calibration shapes, which ``macs`` is divided by.
         nodes: Name of the node of each term of ``macs``.
         one_off: Costs of inserted nodes.
+        inputs: Tensors that the node of each term of ``macs`` reads.
     """
 
     fixed: Ints
@@ -162,6 +163,7 @@ class Ledger:
     nodes: tuple[str, ...]
     one_off: OneOffCosts = field(default_factory=OneOffCosts.none)
     fixed_params: int = 0
+    inputs: tuple[tuple[str, ...], ...] = ()
 
     def lengths(self, widths: Ints) -> Ints:
         """Axis lengths at given widths.
@@ -263,6 +265,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     index = _AxisIndex()
     macs = []
     names = []
+    inputs = []
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.cost is None or _lacks_shapes(node, model):
@@ -275,6 +278,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
                 _full_length(term, model.shapes)  # a wrong axis is an error of the rule
         macs.append(index.numbers(terms))
         names.append(node.name)
+        inputs.append(tuple(node.inputs))
 
     constants: dict[str, list[int]] = {}
     for name in model.initialisers:
@@ -310,6 +314,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         nodes=tuple(names),
         one_off=_one_off_costs(insertions, coupling),
         fixed_params=model.aside_params,
+        inputs=tuple(inputs),
     )
 
 

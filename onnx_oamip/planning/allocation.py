@@ -44,6 +44,9 @@ from onnx_oamip.programs.program_files import ProgramFile
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.verification.latency import find_step
 
+MOST_NODES = 3
+"""Nodes with the most MACs that the refusal of a budget names."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -529,15 +532,13 @@ def _binding(
     name, over = max(limit.shares(ledger.cost(floor)).items(), key=lambda item: item[1])
     lengths = ledger.lengths(floor)
     values = ledger.terms(ledger.macs, lengths)
+    heaviest = np.argsort(-values, kind="stable")[:MOST_NODES].tolist()
     heavy = [
-        f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)"
-        for i in np.argsort(-values, kind="stable")[:3]
+        f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)" for i in heaviest
     ]
     widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
-    # Inputs and outputs of the model keep their channels in every model; other reasons say more.
-    pinned = sorted(coupling.pinned, key=lambda p: p.given)
-    reasons = [p.reason for p in pinned if p.count > 1]
-    why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
+    reason = _pinning(coupling, [ledger.inputs[i] for i in heaviest])
+    why = f"; channels there cannot go, for example because {reason}" if reason else ""
     shares = limit.least(ledger.cost(floor))
     reach = (
         f"the least that can be met is {', '.join(f'`{k}={v:g}`' for k, v in shares.items())}; "
@@ -550,6 +551,23 @@ def _binding(
         f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
         f"{reach}{advice}."
     )
+
+
+def _pinning(coupling: Coupling, read: Sequence[Sequence[str]]) -> str:
+    """Reason for which channels of the nodes with the most MACs cannot be removed.
+
+    Args:
+        coupling: The pinned channels.
+        read: Tensors that these nodes read, those of the node with the most MACs first.
+
+    Returns:
+        The reason of the first pinned channels of the first node that has any; of any constant of the model where these
+        nodes have none. Empty if nothing is pinned.
+    """
+    # Inputs and outputs of the model keep their channels in every model; other reasons explain more.
+    pinned = [p for p in sorted(coupling.pinned, key=lambda p: p.given) if p.count > 1]
+    there = [p.reason for tensors in read for p in pinned if p.tensor in tensors]
+    return next(iter(there or [p.reason for p in pinned]), "")
 
 
 def _advice(

@@ -315,6 +315,59 @@ def test_runner_resumes_and_its_table_has_every_outcome(
     assert json.loads((tmp_path / "wild.json").read_text())["rows"] == [row]
 
 
+def test_unreachable_budget_gives_way_to_the_least(
+    tmp_path: Path, listed: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def command(arguments: list[str], limit: float) -> run.Record:
+        record = {"status": "done", "exit": 0, "seconds": 1.5, "processor": 2.5, "peak_mib": 100}
+        record["error"] = ""
+        if arguments[0] == "inspect":
+            return {**record, "stdout": json.dumps(INSPECTED)}
+        asked.append(float(arguments[arguments.index("--macs") + 1]))
+        if asked[-1] < 0.6431:
+            refusal = "Error: the budget cannot be met; the least that can be met is --macs 0.6431; ask."
+            return {**record, "status": "refused", "error": refusal, "stdout": ""}
+        toy(Path(arguments[arguments.index("-o") + 1]))
+        return {**record, "stdout": json.dumps(PRUNED)}
+
+    monkeypatch.setattr(run, "command", command)
+    monkeypatch.setattr(run, "_apart", lambda function, *given: function(*given))
+    run.run_all(listed, tmp_path / "cache", tmp_path)
+    assert asked == [0.7, 0.5, 0.6431]
+    (row,) = table.rows(listed, tmp_path)
+    assert (row["kept at 0.7"], row["kept at 0.5"], row["least budget"]) == (1.0, 1.0, 0.6431)
+    assert row["remark"].startswith("unreachable: 64.3% of the MACs is the smallest budget")
+    written = table.write(listed, tmp_path)
+    assert "at 0.7: 1, at 0.5: 0" in written
+    assert "without a result: none" in written
+    assert "the least is judged: toy" in written
+
+
+@pytest.mark.parametrize(
+    ("error", "budget", "least"),
+    [
+        ("Error: x; the least that can be met is --macs 0.504; ask for more", "macs", 0.504),
+        ("Error: x; the least that can be met is --params 1e-03, --macs 0.2", "params", 1e-3),
+        ("Error: x; the least that can be met is --params 0.3", "macs", None),
+        ("Error: no channel can be removed", "macs", None),
+        ("", "macs", None),
+    ],
+)
+def test_least_budget_is_read_from_a_refusal(error: str, budget: str, least: float | None) -> None:
+    assert run.least_budget(error, budget) == least
+
+
+def test_file_without_a_record_keeps_its_row(tmp_path: Path, listed: manifest.Manifest) -> None:
+    row = {"file": "toy", "kept at 0.7": 1.0, "kept at 0.5": 0.5, "bytes at 0.5": 0.5}
+    row |= {"processor s": 1.0, "peak MiB": 100}
+    unknown = {**row, "file": "no longer listed"}
+    (tmp_path / "wild.json").write_text(json.dumps({"rows": [row, unknown]}))
+    table.write(listed, tmp_path / "out", tmp_path)
+    assert json.loads((tmp_path / "wild.json").read_text())["rows"] == [row]
+
+
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="peak memory of one process needs wait4")
 def test_command_measures_its_own_process() -> None:
     record = run.command(["--version"], 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,16 +145,27 @@ def inspect(entry: Entry, cache: Path, limit: float) -> Record:
 def prune(
     entry: Entry, manifest: Manifest, cache: Path, out: Path, *, budget: float, limit: float
 ) -> Record:
-    """Prune a file with the default command, and judge the result in plain ONNX Runtime."""
+    """Prune a file with the default command, and judge the result in plain ONNX Runtime.
+
+    Where the budget cannot be met, as inputs and outputs of the model keep their width, the smallest one that can be met
+    takes its place, and the record has it as ``least``.
+    """
     try:
         data = _apart(write, entry, manifest, cache)
     except Exception as error:  # the record says why there are no samples
         record = {"status": "no samples", "seconds": 0.0, "error": str(error)}
         return _about(entry, record | {"trace": traceback.format_exc()})
     pruned = out / "pruned" / f"{entry.name}-{budget}.onnx"
-    options = [f"--{entry.budget}", str(budget), "--data", str(data), "-o", str(pruned)]
-    options += [*entry.options, "--cache", str(_statistics(out, entry))]
-    record = command(["prune", str(entry.path(cache)), *options, "--json"], limit)
+    options = ["--data", str(data), "-o", str(pruned)]
+    options += [*entry.options, "--cache", str(_statistics(out, entry)), "--json"]
+
+    def command_at(share: float) -> Record:
+        at = [f"--{entry.budget}", str(share)]
+        return command(["prune", str(entry.path(cache)), *at, *options], limit)
+
+    record = command_at(budget)
+    if (least := least_budget(record["error"], entry.budget)) is not None:
+        record = {**command_at(least), "least": least}
     stdout = record.pop("stdout")
     record["asked"] = budget
     if record["status"] != "done":
@@ -164,6 +176,20 @@ def prune(
     record["align"] = found["settings"].get("align")
     record = judged(record, entry, manifest, cache, out, budget=budget)
     return _about(entry, record)
+
+
+def least_budget(error: str, budget: str) -> float | None:
+    """Smallest budget that a refusal names.
+
+    Args:
+        error: The last line of stderr.
+        budget: Name of the budget, as of its option.
+
+    Returns:
+        The share; None if the command failed for another reason, or not at all.
+    """
+    found = re.search(rf"the least that can be met is --{budget} (\d[\d.e-]*)", error)
+    return float(found[1]) if found else None
 
 
 def judged(

@@ -22,6 +22,7 @@ COLUMNS = (
     "measure",
     "kept at 0.7",
     "kept at 0.5",
+    "least budget",
     "bytes at 0.5",
     "processor s",
     "peak MiB",
@@ -47,6 +48,15 @@ def rows(manifest: Manifest, out: Path) -> list[studies.Row]:
     return found
 
 
+def _with_earlier(
+    found: Sequence[studies.Row], manifest: Manifest, saved: Path
+) -> list[studies.Row]:
+    """Rows in the order of the manifest, those of a saved study where there is no new one."""
+    earlier = json.loads(saved.read_text(encoding="utf-8"))["rows"] if saved.exists() else []
+    by_name = {row["file"]: row for row in (*earlier, *found)}
+    return [by_name[entry.name] for entry in manifest.entries if entry.name in by_name]
+
+
 def _read(out: Path, stem: str) -> Record | None:
     path = out / f"{stem}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -63,6 +73,12 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
         task.append(" ".join(entry.options))
     remarks = [entry.reason] if entry.reason else []
     remarks += [_brief(run["error"]) for run in made if run.get("error")]
+    least = max((run["least"] for run in made if "least" in run), default=None)
+    if least is not None:
+        counted = "MACs" if entry.budget == "macs" else "parameters"
+        remarks.append(
+            f"unreachable: {least:.1%} of the {counted} is the smallest budget, and is judged in its place"
+        )
     return {
         "file": entry.name,
         "package": f"{entry.package.name} {entry.package.version}",
@@ -70,6 +86,7 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
         "measure": last["measure"] if last else None,
         "kept at 0.7": _kept(runs[0]),
         "kept at 0.5": _kept(runs[1]),
+        "least budget": least,
         "bytes at 0.5": round(last["after"]["bytes"] / last["before"]["bytes"], 2)
         if last
         else None,
@@ -95,19 +112,26 @@ def _kept(run: Record | None) -> float | str | None:
 def summary(found: Sequence[studies.Row]) -> list[str]:
     """Counts over all files, as sentences."""
 
-    def usable(column: str) -> int:
-        return sum(isinstance(row[column], float) and row[column] >= USABLE for row in found)
+    def usable(budget: float) -> int:
+        column = f"kept at {budget}"
+        return sum(
+            isinstance(row[column], float) and row[column] >= USABLE
+            for row in found
+            if (row.get("least budget") or 0) <= budget
+        )
 
     refused = [
         r["file"]
         for r in found
         if any(isinstance(r[c], str) for c in ("kept at 0.7", "kept at 0.5"))
     ]
+    unreachable = [r["file"] for r in found if r.get("least budget")]
     larger = [r["file"] for r in found if (r["bytes at 0.5"] or 0) > 1]
     over = [r["file"] for r in found if r["processor s"] > MOST_SECONDS or r["peak MiB"] > MOST_MIB]
     share = f"{len(found)} files; usable (at least {USABLE:.0%} of the task)"
     return [
-        f"{share} at 0.7: {usable('kept at 0.7')}, at 0.5: {usable('kept at 0.5')}",
+        f"{share} at 0.7: {usable(0.7)}, at 0.5: {usable(0.5)}",
+        f"a budget is unreachable, and the least is judged: {', '.join(unreachable) or 'none'}",
         f"without a result: {', '.join(refused) or 'none'}",
         f"larger than the original: {', '.join(larger) or 'none'}",
         f"over {MOST_SECONDS} s of processor time or {MOST_MIB} MiB: {', '.join(over) or 'none'}",
@@ -115,9 +139,20 @@ def summary(found: Sequence[studies.Row]) -> list[str]:
 
 
 def write(manifest: Manifest, out: Path, study: Path | None = None) -> str:
-    """The table as Markdown; with ``study``, also saved as the study ``wild`` in that folder."""
+    """Make the table of all runs.
+
+    Args:
+        manifest: The files.
+        out: Folder of records.
+        study: Folder of studies, to save the rows in as the study ``wild``. Files without a record in ``out`` keep the row
+            that they have there.
+
+    Returns:
+        The table and its counts, as Markdown.
+    """
     found = rows(manifest, out)
     if study is not None:
+        found = _with_earlier(found, manifest, study / "wild.json")
         studies.store(study, "wild", found, COLUMNS, SEED, CLOCKED)
     lines = "\n".join(f"- {line}" for line in summary(found))
     return f"{studies.table(found, COLUMNS)}\n\n{lines}"
