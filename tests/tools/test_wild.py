@@ -327,7 +327,9 @@ def test_unreachable_budget_gives_way_to_the_least(
             return {**record, "stdout": json.dumps(INSPECTED)}
         asked.append(float(arguments[arguments.index("--macs") + 1]))
         if asked[-1] < 0.6431:
-            refusal = "Error: the budget cannot be met; the least that can be met is --macs 0.6431; ask."
+            refusal = (
+                "Error: the budget cannot be met; the least that can be met is --macs 0.6431; ask."
+            )
             return {**record, "status": "refused", "error": refusal, "stdout": ""}
         toy(Path(arguments[arguments.index("-o") + 1]))
         return {**record, "stdout": json.dumps(PRUNED)}

@@ -230,9 +230,11 @@ TEXT = {
         (
             "ONNX files out of published packages, pruned by the default command to 0.7 and 0.5 of the MACs on 64 "
             "samples. Kept is the share of the model's own task, as `measure` says, with the original's answers on "
-            "held-out samples as the truth: from 0.95 on the file is usable. Processor time and memory are those of "
-            "the largest of the commands. Beside it onnxsim on the originals: the size of what it makes, and the "
-            "largest difference of an output, relative to the largest value of that output."
+            "held-out samples as the truth: from 0.95 on the file is usable. Where inputs and outputs pin so much "
+            "that a budget cannot be met, `least budget` is the smallest that can, and is judged in its place. "
+            "Processor time and memory are those of the largest of the commands. Beside it onnxsim on the originals: "
+            "the size of what it makes, and the largest difference of an output, relative to the largest value of that "
+            "output."
         ),
     ),
     "handover": (

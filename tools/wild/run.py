@@ -147,8 +147,8 @@ def prune(
 ) -> Record:
     """Prune a file with the default command, and judge the result in plain ONNX Runtime.
 
-    Where the budget cannot be met, as inputs and outputs of the model keep their width, the smallest one that can be met
-    takes its place, and the record has it as ``least``.
+    Where the budget cannot be met, as inputs and outputs of the model keep their width, the smallest one that can be
+    met takes its place, and the record has it as ``least``.
     """
     try:
         data = _apart(write, entry, manifest, cache)

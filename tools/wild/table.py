@@ -144,8 +144,8 @@ def write(manifest: Manifest, out: Path, study: Path | None = None) -> str:
     Args:
         manifest: The files.
         out: Folder of records.
-        study: Folder of studies, to save the rows in as the study ``wild``. Files without a record in ``out`` keep the row
-            that they have there.
+        study: Folder of studies, to save the rows in as the study ``wild``. Files without a record in ``out`` keep
+            the row that they have there.
 
     Returns:
         The table and its counts, as Markdown.
