@@ -20,6 +20,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import augmentation
 from onnx_oamip.data.augmentation import Augment
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.surgery import attention_scale, rewrite
@@ -60,7 +61,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     """
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
     pruned = Pruned(raw, raw)
-    refits = {} if chosen.keep.all() else _refits(ready, chosen, raw)
+    refits = {} if chosen.keep.all() else _compared_refits(ready, chosen, raw)
     if refits:
         pruned = _least_loss(ready, chosen, refits)
     elif not chosen.keep.all() and folds_constants(ready.settings):
@@ -85,19 +86,49 @@ def _rescaled(ready: Context, chosen: Plan, proto: onnx.ModelProto) -> onnx.Mode
     return attention_scale.rescale(ready.model, ready.coupling, chosen.keep, proto)
 
 
-def _refits(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> dict[str, Pruned]:
-    """Refits of a cut model by their names in the report, that of the settings first."""
+def _compared_refits(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> dict[str, Pruned]:
+    """Refits of a cut model by their names in the report, that of the settings first.
+
+    They leave out the calibration samples on which they are compared.
+    """
     if ready.settings.refit == "bias":
         moments = collect(ready, {MOMENTS})
         folded = mean_folding.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
         return {REFIT: folded}
     if ready.settings.refit != "least-squares":
         return {}
-    refits = _least_squares(ready, chosen, raw, ready.objective, _change(ready, chosen))
+    samples = parts(ready.samples)[0]
+    change = _change(ready, chosen)
+    refits = _least_squares(ready, chosen, raw, samples, objective=ready.objective, change=change)
     if has_rare_decisions(ready.objective):
-        equal = _least_squares(ready, chosen, raw, None, None)
+        equal = _least_squares(ready, chosen, raw, samples, objective=None, change=None)
         refits[EQUAL_ROWS] = equal[REFIT]
     return refits
+
+
+def _on_all_samples(ready: Context, chosen: Plan, raw: onnx.ModelProto, name: str) -> Pruned | None:
+    """The refit that lost least, made again on all calibration samples.
+
+    Args:
+        ready: The model and its samples.
+        chosen: The plan.
+        raw: The cut model.
+        name: Name of the refit.
+
+    Returns:
+        The refit; None where the samples of the comparison would add little: no sample is left out of the refit, or
+        every node has many more rows than its fit takes.
+    """
+    compared = parts(ready.samples)[0]
+    if compared.count == ready.samples.count:
+        return None
+    model, coupling, units = ready.model, ready.coupling, chosen.keep
+    if not least_squares.is_short_of_samples(model, coupling, units, compared):
+        return None
+    objective = None if name == EQUAL_ROWS else ready.objective
+    change = _change(ready, chosen) if name == AUGMENTED else None
+    refits = _least_squares(ready, chosen, raw, ready.samples, objective=objective, change=change)
+    return refits[AUGMENTED if name == AUGMENTED else REFIT]
 
 
 def _change(ready: Context, chosen: Plan) -> Augment | None:
@@ -116,6 +147,8 @@ def _least_squares(
     ready: Context,
     chosen: Plan,
     raw: onnx.ModelProto,
+    samples: Samples,
+    *,
     objective: Objective | None,
     change: Augment | None,
 ) -> dict[str, Pruned]:
@@ -125,7 +158,7 @@ def _least_squares(
     """
     s = ready.settings
     sampling = least_squares.Sampling(
-        samples=parts(ready.samples)[0],
+        samples=samples,
         device=ready.device,
         batch_size=ready.batch,
         seed=s.seed,
@@ -138,6 +171,7 @@ def _least_squares(
         **ready.cache_identity,
         **(weighting(objective) if objective else {}),
         "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
+        **({"samples": "all"} if samples.count == ready.samples.count else {}),
     }
 
     def recall(identity: Mapping[str, Any], fit: Callable[[], Pruned]) -> Pruned:
@@ -159,7 +193,8 @@ def _least_loss(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> P
     """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
 
     A refit brings every layer near to what it gave, which need not bring the outputs near. The first of equal ones is
-    taken, and the first one without a comparison where it changed nothing.
+    taken, and the first one without a comparison where it changed nothing. The refit that is taken is made again with
+    the samples of the comparison.
     """
     first = refits[REFIT]
     if ready.settings.refit == "least-squares" and not first.fits:
@@ -168,7 +203,10 @@ def _least_loss(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> P
     protos = [_rescaled(ready, chosen, candidate.proto) for candidate in candidates.values()]
     losses = dict(zip(candidates, calibration_loss.losses(ready, protos), strict=True))
     best = min(losses, key=lambda name: losses[name])
-    notes = candidates[best].notes
+    winner = candidates[best]
+    if best != WITHOUT and ready.settings.refit == "least-squares":
+        winner = _on_all_samples(ready, chosen, first.raw, best) or winner
+    notes = winner.notes
     if best == WITHOUT:
         unused = "" if ready.settings.refit == "bias" else "that it did not use "
         note = (
@@ -176,7 +214,7 @@ def _least_loss(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> P
             f"{losses[WITHOUT]:.3g} without"
         )
         notes = (*notes, note)
-    return replace(candidates[best], notes=notes, losses=losses)
+    return replace(winner, notes=notes, losses=losses)
 
 
 def folds_constants(settings: Settings) -> bool:
