@@ -119,11 +119,8 @@ def _on_all_samples(ready: Context, chosen: Plan, raw: onnx.ModelProto, name: st
         The refit; None where the samples of the comparison would add little: no sample is left out of the refit, or
         every node has many more rows than its fit takes.
     """
-    compared = parts(ready.samples)[0]
-    if compared.count == ready.samples.count:
-        return None
-    model, coupling, units = ready.model, ready.coupling, chosen.keep
-    if not least_squares.is_short_of_samples(model, coupling, units, compared):
+    is_split = parts(ready.samples)[0].count < ready.samples.count
+    if not is_split or not _is_short_of_samples(ready, chosen):
         return None
     objective = None if name == EQUAL_ROWS else ready.objective
     change = _change(ready, chosen) if name == AUGMENTED else None
@@ -138,9 +135,13 @@ def _change(ready: Context, chosen: Plan) -> Augment | None:
     change = augmentation.for_refit(ready.settings.augment, ready.model, feed)
     if change is None:
         return None
-    model, coupling, units = ready.model, ready.coupling, chosen.keep
-    is_short = refit_scope.is_short_of_samples(model, coupling, units, samples)
-    return change if is_short else None
+    return change if _is_short_of_samples(ready, chosen) else None
+
+
+def _is_short_of_samples(ready: Context, chosen: Plan) -> bool:
+    """Whether further samples would add to the rows of any fit."""
+    samples = parts(ready.samples)[0]
+    return refit_scope.is_short_of_samples(ready.model, ready.coupling, chosen.keep, samples)
 
 
 def _least_squares(

@@ -699,6 +699,34 @@ def test_refit_that_loses_more_than_none_is_left_out(
     assert fitted.count + measured.count == ready.samples.count
 
 
+@pytest.mark.parametrize("is_short", [True, False])
+def test_refit_that_is_kept_is_made_again_on_all_samples(
+    is_short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where further samples add to the rows of a fit; the losses are those of the comparison."""
+    ready = small(CNN, tmp_path)
+    real = least_squares.least_squares
+    made: list[tuple[int, Pruned]] = []
+
+    def record(*args: Any) -> tuple[Pruned, ...]:
+        found = real(*args)
+        made.append((args[-1].samples.count, found[0]))
+        return found
+
+    monkeypatch.setattr(least_squares, "least_squares", record)
+    monkeypatch.setattr(refit_scope, "is_short_of_samples", lambda *_: is_short)
+    found = search.search(ready)
+    compared, measured = (part.count for part in collector.parts(ready.samples))
+    expected = [compared, ready.samples.count] if is_short else [compared]
+    assert [count for count, _ in made] == expected
+    assert ready.samples.count == compared + measured
+    assert found.pruned.fits == made[-1][1].fits
+    kept, last = constants(found.pruned.proto), constants(made[-1][1].proto)
+    assert all(np.array_equal(kept[name], last[name]) for name in kept)
+    first = calibration_loss.losses(ready, [made[0][1].proto])
+    assert found.pruned.losses["refit"] == first[0]
+
+
 def test_images_are_refitted_with_copies_too_where_they_are_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -706,14 +734,18 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
     monkeypatch.setattr(augmentation, "SMALL_SIDE", 8)
     ready = small(CNN, tmp_path, cache=str(tmp_path / "cache"))
     names = ("refit", "refit_with_copies", "none")
-    rows = []
-    for lost in ((0.1, 0.2, 0.5), (0.2, 0.1, 0.5)):
-        monkeypatch.setattr(calibration_loss, "losses", lambda *_, lost=lost: list(lost))
+
+    def rows(*lost: float) -> int:
+        """Most rows of a fit of the model that is kept, for given losses of the three."""
+        monkeypatch.setattr(calibration_loss, "losses", lambda *_: list(lost))
         found = search.search(ready)
-        monkeypatch.setattr(least_squares, "least_squares", None)
         assert found.pruned.losses == dict(zip(names, lost, strict=True))
-        rows.append(max(fit.rows for fit in found.pruned.fits))
-    assert rows[0] < rows[1]
+        return max(fit.rows for fit in found.pruned.fits)
+
+    plain, copied = rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5)
+    assert plain < copied
+    monkeypatch.setattr(least_squares, "least_squares", None)
+    assert (plain, copied) == (rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5))
     without = ready.settings.model_copy(update={"augment": "none"})
     monkeypatch.setattr(calibration_loss, "losses", lambda *_: [0.1, 0.5])
     found = search.search(replace(ready, settings=without))
