@@ -44,7 +44,7 @@ def outputs(document: dict[str, Any]) -> dict[str, str]:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The report in Markdown: costs, what was measured, the width of every group, what could not go."""
+    """The report in Markdown: costs, what was measured, the width of every group, what cannot be removed."""
     before, after, found = document["before"], document["after"], document["verification"]
     costs = [
         (
@@ -80,7 +80,9 @@ def summary(document: dict[str, Any]) -> str:
             "Groups", _table(("group", "units", "kept", "share kept"), groups[:ROWS]), len(groups)
         ),
         _folded(
-            "What cannot go", _table(("tensor", "channels", "reason"), skipped[:ROWS]), len(skipped)
+            "What cannot be removed",
+            _table(("tensor", "channels", "reason"), skipped[:ROWS]),
+            len(skipped),
         ),
         "\n".join(f"- {_cell(note)}" for note in document["notes"]),
     ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from onnx_oamip.core.options.validation import Options
-from onnx_oamip.core.options.values import NotNegative, Points, Share
+from onnx_oamip.core.options.values import NotNegative, Points, Share, Shown
 from onnx_oamip.core.records import Budget
 
 
@@ -40,7 +40,7 @@ class BudgetOptions(Options):
         description="Find the fewest multiply-accumulates that lose at most P points on the evaluation samples: of "
         "accuracy, or without labels of agreement with the original.",
     )
-    max_loss: NotNegative | None = Field(
+    max_loss: Annotated[NotNegative | None, Shown(metavar="L")] = Field(
         None,
         description="Keep as few units as possible while the measured losses of all groups sum to at most L; 1 is the "
         "loss of the average answer. Needs `allocate=mip`.",

@@ -228,7 +228,7 @@ def _widths(value: Document) -> Section:
     columns = ("group", ">units", ">kept", ">share", ">least score", ">mean", ">largest")
     units, kept = (sum(g[k] for g in groups) for k in ("units", "kept"))
     lead = (
-        f"A group is a set of channels that can only go together with the same indices elsewhere; it is named after "
+        f"A group is a set of channels that can only be removed with the same indices elsewhere; it is named after "
         f"one of its weights. {count(kept)} of {count(units)} units in {plural(len(groups), 'group')} are kept."
     )
     parts: list[Part] = [
@@ -427,7 +427,7 @@ def _skipped(value: Document) -> Section:
     )
     if len(ordered) > ROWS:
         parts.append(Note(f"Showing the {ROWS} largest of {count(len(ordered))} reasons."))
-    return Section("skipped", "What could not go", "Channels that stay, and why.", parts)
+    return Section("skipped", "What cannot be removed", "Channels that are kept, and why.", parts)
 
 
 def _programs(value: Document) -> Section | None:

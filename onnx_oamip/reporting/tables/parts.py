@@ -537,7 +537,7 @@ def reason_rows(skipped: Sequence[Document]) -> Iterator[RenderableType]:
     grouped: dict[str, list[Document]] = {}
     for entry in skipped:
         grouped.setdefault(entry["reason"], []).append(entry)
-    table = grid("cannot go, because", ">channels", "of")
+    table = grid("cannot be removed, because", ">channels", "of")
     ordered = sorted(grouped.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
     for reason, entries in ordered[:ROWS]:
         channels = sum(e["channels"] for e in entries)
