@@ -29,6 +29,7 @@ VERIFICATION_METRICS = (
     "latency_ratio",
     "samples",
 )
+RECOVERY_METRICS = ("before", "after", "steps", "accepted")
 MAX_PARAMETER_CHARACTERS = 6000
 """Length of a parameter's value that every MLflow server accepts."""
 
@@ -123,7 +124,8 @@ def metrics(document: Document) -> dict[str, float]:
 
     Returns:
         ``macs_before``, ``macs_after`` (``macs_predicted`` of a plan) and their ratio ``macs_kept``; the same for
-        params and bytes; the measurements of ``verification`` by their names; the counts ``groups`` and ``skipped``;
+        params and bytes; the measurements of ``verification`` by their names; ``recovery_before``, ``recovery_after``
+        (held-out losses), ``recovery_steps`` and ``recovery_accepted``; the counts ``groups`` and ``skipped``;
         ``seconds.STAGE``. Numbers that were not measured are left out.
     """
     when = "after" if "after" in document else "predicted"
@@ -136,6 +138,9 @@ def metrics(document: Document) -> dict[str, float]:
     verification = document.get("verification", {})
     for name in VERIFICATION_METRICS:
         numbers[name] = verification.get(name)
+    recovery = document.get("recovery") or {}
+    for name in RECOVERY_METRICS:
+        numbers[f"recovery_{name}"] = recovery.get(name)
     for name in ("groups", "skipped"):
         numbers[name] = len(document[name])
     for stage, seconds in document["timings"].items():

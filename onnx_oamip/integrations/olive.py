@@ -43,6 +43,9 @@ SEARCHED_BUDGETS = tuple(kind.name for kind in KINDS if kind.name != "threshold"
 SETTINGS = {name: field for name, field in Settings.model_fields.items() if name != "device"}
 """Options of the pass. The device is chosen by Olive: its accelerator."""
 
+SUMMARY = ("before", "after", "verification", "recovery", "notes")
+"""Entries of the report that the attributes of the pruned model hold; there is none of a recovery without one."""
+
 
 class OnnxOamip(Pass):  # type: ignore[misc]
     """Prunes an ONNX model to a budget, refits it and verifies the result.
@@ -117,7 +120,7 @@ class OnnxOamip(Pass):  # type: ignore[misc]
         )
         document = documents.document(report)
         pruned = model_proto_to_olive_model(onnx.load(output), output, config)
-        summary = {name: document[name] for name in ("before", "after", "verification", "notes")}
+        summary = {name: document[name] for name in SUMMARY if document[name] is not None}
         pruned.model_attributes = {**(model.model_attributes or {}), "onnx_oamip": summary}
         return pruned
 

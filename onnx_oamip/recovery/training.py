@@ -39,6 +39,13 @@ from onnx_oamip.recovery.parts import Part
 
 RATE = 1e-2
 """Largest change of a weight in one step, over the root mean square of its tensor."""
+TENSOR_SHARE = 0.05
+"""Share of the loss that one step may take away through one tensor, as its gradient predicts; above it the rate of the
+tensor is smaller."""
+STEP_SHARE = 0.6
+"""The same for all tensors together."""
+GRADIENT_BATCHES = 4
+"""Batches on which that gradient is found."""
 WARM_UP = 0.05
 """Share of the budget in which the rate rises."""
 LEAST_RATE = 0.1
@@ -394,11 +401,29 @@ class _Run:
         self._weights = list(self._engine.weights.values())
         self._start = [weight.detach().clone() for weight in self._weights]
         self.slowed = 0
+        self._full_rates = self._bounded_rates()
         self._begin()
+
+    def _bounded_rates(self) -> list[float]:
+        """Full rate of every weight: proportional to its size, and bounded by the fall of the loss that it predicts.
+
+        Where the gradient predicts that a step takes away all of the loss, the step is much too long: the loss is not
+        linear that far.
+        """
+        loss = torch.zeros(())
+        for _ in range(GRADIENT_BATCHES):
+            part = self._loss(next(self.batches), frozenset())
+            part.backward()
+            loss = loss + part.detach()
+        slopes = [0.0 if w.grad is None else float(w.grad.abs().sum()) for w in self._weights]
+        for weight in self._weights:
+            weight.grad = None
+        return _bounded(_sizes(self._weights), slopes, float(loss))
 
     def _begin(self) -> None:
         """Set up the optimiser and the average for the present weights."""
-        groups = _groups(self._weights, RATE / SLOWER**self.slowed)
+        rates = [rate / SLOWER**self.slowed for rate in self._full_rates]
+        groups = _groups(self._weights, rates)
         self._optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10)
         self._rates = [group["lr"] for group in self._optimiser.param_groups]
         self._average = [weight.detach().clone() for weight in self._weights]
@@ -494,14 +519,31 @@ def _share(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _groups(weights: Sequence[Tensor], rate: float) -> list[dict[str, object]]:
-    """Groups of weights of about the same size, each with a rate that is proportional to it."""
+def _sizes(weights: Sequence[Tensor]) -> list[float]:
+    """Root mean square of every weight; that of the usual one where all its values are zero."""
     sizes = [float(weight.detach().square().mean().sqrt()) for weight in weights]
     usual = float(np.median([size for size in sizes if size > 0] or [1.0]))
+    return [size if size > 0 else usual for size in sizes]
+
+
+def _bounded(sizes: Sequence[float], slopes: Sequence[float], loss: float) -> list[float]:
+    """Rates from sizes of weights, and the sums of the absolute values of their gradients."""
+    rates = [RATE * size for size in sizes]
+    if not (loss > 0 and math.isfinite(loss)):
+        return rates
+    shares = [rate * slope / loss for rate, slope in zip(rates, slopes, strict=True)]
+    kept = [min(1.0, TENSOR_SHARE / share) if share > 0 else 1.0 for share in shares]
+    total = sum(part * share for part, share in zip(kept, shares, strict=True))
+    common = min(1.0, STEP_SHARE / total) if total > 0 else 1.0
+    return [rate * part * common for rate, part in zip(rates, kept, strict=True)]
+
+
+def _groups(weights: Sequence[Tensor], rates: Sequence[float]) -> list[dict[str, object]]:
+    """Groups of weights of about the same rate."""
     groups: dict[int, list[Tensor]] = defaultdict(list)
-    for weight, size in zip(weights, sizes, strict=True):
-        groups[round(math.log2(size if size > 0 else usual))].append(weight)
-    return [{"params": held, "lr": rate * 2.0**power} for power, held in sorted(groups.items())]
+    for weight, rate in zip(weights, rates, strict=True):
+        groups[round(math.log2(rate))].append(weight)
+    return [{"params": held, "lr": 2.0**power} for power, held in sorted(groups.items())]
 
 
 def _batch_size(task: Task) -> int:

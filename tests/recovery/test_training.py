@@ -92,8 +92,15 @@ def test_same_seed_gives_the_same_bytes(case: Path) -> None:
     assert (case / "one.onnx").read_bytes() == (case / "two.onnx").read_bytes()
 
 
-def test_worse_result_is_not_taken(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def much_too_large_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "RATE", 30.0)
+    monkeypatch.setattr(training, "TENSOR_SHARE", np.inf)
+    monkeypatch.setattr(training, "STEP_SHARE", np.inf)
+
+
+@pytest.mark.usefixtures("much_too_large_rate")
+def test_worse_result_is_not_taken(case: Path) -> None:
     found = recover(
         case / "half.onnx",
         case / "model.onnx",
@@ -107,15 +114,39 @@ def test_worse_result_is_not_taken(case: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(np.array_equal(new[name], old[name]) for name in old)
 
 
-def test_rate_that_is_too_large_is_divided(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("much_too_large_rate")
+def test_rate_that_is_too_large_is_divided(case: Path) -> None:
     """Training goes back to the start and on, and gets below it in the end."""
-    monkeypatch.setattr(training, "RATE", 30.0)
     found = recover(
         case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=200)
     )
     assert found.recovery.slowed >= 2
     assert found.recovery.accepted
     assert max(loss for _, loss in found.recovery.curve) > training.WORSE * found.recovery.before
+
+
+def test_rate_that_is_too_large_is_bounded_before_the_first_step(
+    case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "RATE", 30.0)
+    found = recover(
+        case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=60)
+    )
+    assert found.recovery.slowed == 0
+    assert found.recovery.accepted
+
+
+def test_rates_are_bounded_by_the_fall_of_the_loss_that_they_predict() -> None:
+    sizes, loss = [2.0, 1.0, 0.5], 3.0
+    flat = training._bounded(sizes, [0.0, 0.0, 0.0], loss)
+    assert flat == [training.RATE * size for size in sizes]
+    steep = training._bounded(sizes, [0.0, 1e3, 1e3], loss)
+    assert steep[0] == flat[0]
+    for rate, slope in zip(steep[1:], (1e3, 1e3), strict=True):
+        assert rate * slope == pytest.approx(training.TENSOR_SHARE * loss)
+    count = 100
+    many = training._bounded([1.0] * count, [1e3] * count, loss)
+    assert sum(rate * 1e3 for rate in many) == pytest.approx(training.STEP_SHARE * loss)
 
 
 def test_infinite_loss_at_the_first_evaluation_goes_back_to_the_start(

@@ -39,23 +39,34 @@ def test_figures_are_those_of_the_unseen_images(tmp_path: Path) -> None:
     assert found["divergence recovered"] == "0.0000"
 
 
-def test_part_that_was_done_is_not_done_again(
+def test_training_that_was_done_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
 
     def call(*arguments: object) -> dict[str, object]:
-        called.append(arguments[1])
-        told = {"recovery": {"steps": 7, "seconds": 1.5}}
-        return {"stdout": json.dumps(told), "processor": 2.0, "peak_mib": 300}
+        called.append(arguments)
+        document = {"recovery": {"steps": 7, "seconds": 1.5}}
+        return {"stdout": json.dumps(document), "processor": 2.0, "peak_mib": 300}
 
     monkeypatch.setattr(recover, "_call", call)
-    (tmp_path / "net.1.json").write_text('{"steps": 5}')
-    files = (tmp_path / "model.onnx", tmp_path / "data.npz")
-    start = tmp_path / "net.onnx"
-    after, records = recover._recovered("net", files, start, tmp_path, (5, 7), 0)
-    assert called == [tmp_path / "net.1.onnx"]
-    assert [record["steps"] for record in records] == [5, 7]
-    assert after == tmp_path / "net.2.onnx"
-    recover._recovered("net", files, start, tmp_path, (5, 7), 0)
-    assert len(called) == 1
+    target = tmp_path / "net.512.recovered.onnx"
+    for _ in range(2):
+        record = recover._recovered(["apply", "net.onnx"], target, 7)
+        assert record == {"steps": 7, "seconds": 1.5, "processor": 2.0, "peak_mib": 300}
+    assert called == [("apply", "net.onnx", "--recover", 7, "--json", "-o", target)]
+
+
+def test_more_images_are_added_to_those_that_are_shipped(tmp_path: Path) -> None:
+    more = np.arange(3 * 784, dtype=np.uint32).astype(np.uint8)
+    header = b"\0" * 16
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + more.tobytes())
+    case = recover.Case("vit-fashion", 0.25, 514, 10)
+    model, data = recover.files_of(case, None, tmp_path, tmp_path)
+    shipped = np.load(recover.paths("vit-fashion")[1])
+    found = np.load(data)
+    assert model.name == "vit-fashion.onnx"
+    assert np.array_equal(found["input"][:512], shipped["input"])
+    assert np.array_equal(found["input"][512:].reshape(2, -1), more.reshape(3, -1)[:2])
+    assert "labels" not in found
+    assert np.array_equal(found["eval.labels"], shipped["eval.labels"])

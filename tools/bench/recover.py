@@ -1,20 +1,21 @@
 """Recovery: what pruning loses, and what a training with the original as the teacher brings back, without labels.
 
-Every network is pruned by the default settings on its 512 calibration images, and trained on the same images, of which
-a fifth judges. All figures come from the evaluation images, which no step has seen: the accuracy where they have
-labels, the share of first answers that are those of the original, and the mean Kullback-Leibler divergence from its
-answers in nats. EfficientNet-Lite0 needs ``--larger DIR``, the folder that ``tools/make_larger_models.py`` fills.
+Every network is planned by the default settings on its 512 calibration images. From this plan it is pruned and refitted
+twice on the same images: once without a recovery, once with it. The recovery holds a fifth of the images out of the
+refit and out of the training, and judges by them. More images than the 512 are training images, from ``--fashion DIR``.
+All figures come from the evaluation images, which no step has seen: the accuracy where they have labels, the share of
+first answers that are those of the original, and the mean Kullback-Leibler divergence from its answers in nats.
+EfficientNet-Lite0 needs ``--larger DIR``, the folder that ``tools/make_larger_models.py`` fills.
 
 Plans, models and records of the training are kept in the folder ``recover`` beside the result, and what is there is not
-made again: a study that is stopped goes on where it was. A training has two parts of one process each, the second
-of which starts from the result of the first; seconds, processor time and steps are sums, memory is that of the larger.
+made again: a study that is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +26,18 @@ from onnx_oamip.core.records import Array
 from onnx_oamip.graph.runtime import Session
 
 from ..wild.run import command
+from .calibration import training_images
 from .larger import absent, cost_of, divergence
 from .studies import MODELS, Row, paths, save, store
 
 BATCH = 32
 LIMIT = 7200.0
 """Seconds after which a command is ended."""
+SHIPPED = 512
+"""Images for calibration that come with every network."""
 COLUMNS = (
     "model",
+    "images",
     "MACs kept",
     "original",
     "pruned",
@@ -48,113 +53,128 @@ COLUMNS = (
     "threads",
     "peak MiB",
 )
-SUMS = {
-    "steps": "steps",
-    "by blocks": "block_steps",
-    "seconds": "seconds",
-    "processor s": "processor",
-}
-"""Columns that add up over the parts of a training, with their key in a record."""
 CLOCKED = ("seconds", "processor s", "peak MiB")
 
 
 class Case(NamedTuple):
-    """A network at a budget, and the steps of the parts of its training."""
+    """A network at a budget, with the number of images and the steps of its training."""
 
+    name: str
     macs: float
-    steps: tuple[int, ...]
+    images: int
+    steps: int
+
+    @property
+    def stem(self) -> str:
+        """Name of the files of the case."""
+        return f"{self.name}.{self.images}"
 
 
-CASES = {
-    "resnet20-fashion": Case(0.25, (300, 300)),
-    "mobilenet-fashion": Case(0.25, (300, 300)),
-    "vit-fashion": Case(0.25, (300, 300)),
-    "efficientnet-lite0": Case(0.5, (150, 150)),
-}
+SMALL = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion")
+CASES = (
+    *(Case(name, 0.25, SHIPPED, 600) for name in SMALL),
+    *(Case(name, 0.25, 2000, 600) for name in SMALL),
+    Case("efficientnet-lite0", 0.5, SHIPPED, 400),
+)
 
 
 class Failed(Exception):
     """A command of the study failed; the message is its error."""
 
 
-def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
-    """One row per network; what was made before is read from ``out``."""
+def run(
+    out: Path,
+    seed: int,
+    names: tuple[str, ...] = (),
+    larger: Path | None = None,
+    fashion: Path | None = None,
+) -> str:
+    """One row per network and number of images; what was made before is read from ``out``."""
     import torch  # noqa: F401  (the environment names its version; without it the study is left out)
 
     rows: list[Row] = []
-    for name in names or CASES:
-        if name not in MODELS and (missing := absent(name, larger)):
-            print(missing, flush=True)
-            continue
-        rows.append(_row(name, files_of(name, larger), out / "recover", seed))
+    for case in _cases(names, larger, fashion):
+        rows.append(
+            _row(case, files_of(case, larger, fashion, out / "recover"), out / "recover", seed)
+        )
         print(rows[-1], flush=True)
         store(out, "recover", rows, COLUMNS, seed, CLOCKED)
     return save(out, "recover", rows, COLUMNS, seed, CLOCKED)
 
 
-def files_of(name: str, larger: Path | None) -> tuple[Path, Path]:
-    """(model, data) of a network."""
-    if name in MODELS:
-        return paths(name)
-    assert larger is not None
-    return larger / f"{name}.onnx", larger / f"{name}.npz"
+def _cases(names: Sequence[str], larger: Path | None, fashion: Path | None) -> Iterator[Case]:
+    """The cases whose files are there; a line for every other."""
+    for case in CASES:
+        if names and case.name not in names:
+            continue
+        if case.name not in MODELS and (missing := absent(case.name, larger)):
+            print(missing, flush=True)
+        elif case.images > SHIPPED and fashion is None:
+            print(f"{case.name}: {case.images} images need --fashion DIR; left out", flush=True)
+        else:
+            yield case
 
 
-def _row(name: str, files: tuple[Path, Path], kept: Path, seed: int) -> Row:
+def files_of(
+    case: Case, larger: Path | None, fashion: Path | None, kept: Path
+) -> tuple[Path, Path]:
+    """(model, data) of a case; data of more images than those that are shipped are written to ``kept``."""
+    if case.name not in MODELS:
+        assert larger is not None
+        return larger / f"{case.name}.onnx", larger / f"{case.name}.npz"
+    model, data = paths(case.name)
+    if case.images == SHIPPED:
+        return model, data
+    assert fashion is not None
     kept.mkdir(parents=True, exist_ok=True)
-    case = CASES[name]
-    pruned = _pruned(name, files, kept, case.macs, seed)
-    recovered, records = _recovered(name, files, pruned, kept, case.steps, seed)
-    protos = [onnx.load(file) for file in (files[0], pruned, recovered)]
-    found = judged(files[1], protos)
-    macs = [cost_of(proto).macs for proto in protos[:2]]
-    row: Row = {"model": name, "MACs kept": round(macs[1] / macs[0], 4), **found}
-    for column, key in SUMS.items():
-        row[column] = round(sum(record[key] for record in records))
-    row["threads"] = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    row["peak MiB"] = max(record["peak_mib"] for record in records)
-    return row
+    target = kept / f"{MODELS[case.name]}.{case.images}.npz"
+    if not target.exists():
+        with np.load(data) as held:
+            arrays = {key: value for key, value in held.items() if key != "labels"}
+        more = training_images(fashion)[: case.images - SHIPPED]
+        np.savez(target, **{**arrays, "input": np.concatenate([arrays["input"], more])})
+    return model, target
 
 
-def _pruned(name: str, files: tuple[Path, Path], kept: Path, macs: float, seed: int) -> Path:
-    """The pruned model, from its plan."""
+def _row(case: Case, files: tuple[Path, Path], kept: Path, seed: int) -> Row:
+    kept.mkdir(parents=True, exist_ok=True)
     model, data = files
-    plan, pruned = kept / f"{name}.plan.json", kept / f"{name}.onnx"
-    shared = ["--data", data, "--device", "cpu", "--seed", seed, "-q"]
+    pruned, recovered = kept / f"{case.stem}.onnx", kept / f"{case.stem}.recovered.onnx"
+    shared = ["--device", "cpu", "--seed", seed]
+    plan = kept / f"{case.name}.plan.json"
     if not plan.exists():
-        _call("plan", model, "--macs", macs, *shared, "-o", plan)
+        own = files_of(case._replace(images=SHIPPED), model.parent, None, kept)[1]
+        _call("plan", model, "--macs", case.macs, "--data", own, *shared, "-q", "-o", plan)
+    applied = ["apply", model, "--plan", plan, "--data", data, *shared]
     if not pruned.exists():
-        _call("apply", model, "--plan", plan, *shared, "-o", pruned)
-    return pruned
+        _call(*applied, "-q", "-o", pruned)
+    record = _recovered(applied, recovered, case.steps)
+    protos = [onnx.load(file) for file in (model, pruned, recovered)]
+    macs = [cost_of(proto).macs for proto in protos[:2]]
+    return {
+        "model": case.name,
+        "images": case.images,
+        "MACs kept": round(macs[1] / macs[0], 4),
+        **judged(data, protos),
+        "steps": record["steps"],
+        "by blocks": record["block_steps"],
+        "seconds": round(record["seconds"]),
+        "processor s": round(record["processor"]),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        "peak MiB": record["peak_mib"],
+    }
 
 
-def _recovered(
-    name: str,
-    files: tuple[Path, Path],
-    pruned: Path,
-    kept: Path,
-    steps: Sequence[int],
-    seed: int,
-) -> tuple[Path, list[Row]]:
-    """The trained model, and one record per part of the training."""
-    model, data = files
-    records = []
-    before = pruned
-    for part, count in enumerate(steps, 1):
-        after = kept / f"{name}.{part}.onnx"
-        record = after.with_suffix(".json")
-        if not record.exists():
-            found = _call(
-                "recover", before, "--original", model, "--data", data,
-                "--plan", kept / f"{name}.plan.json", "--recover", count,
-                "--device", "cpu", "--seed", seed, "--json", "-o", after,
-            )  # fmt: skip
-            told = json.loads(str(found["stdout"]))["recovery"]
-            used = {key: found[key] for key in ("processor", "peak_mib")}
-            record.write_text(json.dumps({**told, **used}, indent=1) + "\n", encoding="utf-8")
-        records.append(json.loads(record.read_text(encoding="utf-8")))
-        before = after
-    return before, records
+def _recovered(applied: Sequence[object], recovered: Path, steps: int) -> Row:
+    """Make the trained model unless it is there; the record of its training, with processor time and memory."""
+    path = recovered.with_suffix(".json")
+    if not path.exists():
+        found = _call(*applied, "--recover", steps, "--json", "-o", recovered)
+        training = json.loads(str(found["stdout"]))["recovery"]
+        used = {key: found[key] for key in ("processor", "peak_mib")}
+        path.write_text(json.dumps({**training, **used}, indent=1) + "\n", encoding="utf-8")
+    record: Row = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def _call(*arguments: object) -> Row:

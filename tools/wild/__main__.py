@@ -1,4 +1,4 @@
-"""``python -m tools.wild fetch|run|judge|simplify|table|handover``."""
+"""``python -m tools.wild fetch|run|judge|simplify|table|recovered|handover``."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ def main() -> None:
         if name == "run":
             limit = "most seconds of a command: 600"
             step.add_argument("--limit", type=float, default=600, help=limit)
+            step.add_argument("--recover", metavar="EFFORT", help="recover behind the refit: 300")
     step = steps.add_parser("table")
     step.add_argument("--out", type=Path, required=True, help="folder of records")
     step.add_argument("--study", type=Path, help="folder to write the study wild.json to")
+    step = steps.add_parser("recovered")
+    step.add_argument("--out", type=Path, required=True, help="folder of records without recovery")
+    step.add_argument("--recovered", type=Path, required=True, help="folder of records with it")
+    step.add_argument("--study", type=Path, help="folder to write the study recover-wild.json to")
     step = steps.add_parser("handover")
     step.add_argument(
         "--modules", type=Path, required=True, help="folder node_modules with onnxruntime-web"
@@ -61,6 +66,11 @@ def main() -> None:
 
         print(table.write(listed, chosen.out, chosen.study))
         return
+    if chosen.step == "recovered":
+        from . import table
+
+        print(table.write_recovered(listed, chosen.out, chosen.recovered, chosen.study))
+        return
     from . import run
 
     if unknown := sorted(set(chosen.name) - {entry.name for entry in listed.entries}):
@@ -70,7 +80,8 @@ def main() -> None:
     if chosen.step == "judge":
         run.judge_all(*places, names=chosen.name, budgets=budgets)
     else:
-        run.run_all(*places, names=chosen.name, budgets=budgets, limit=chosen.limit)
+        more = {"limit": chosen.limit, "recover": chosen.recover}
+        run.run_all(*places, names=chosen.name, budgets=budgets, **more)
 
 
 if __name__ == "__main__":

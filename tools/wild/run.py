@@ -37,6 +37,7 @@ def run_all(
     names: Sequence[str] = (),
     budgets: Sequence[float] = BUDGETS,
     limit: float = LIMIT,
+    recover: str | None = None,
 ) -> None:
     """Inspect and prune files, the smallest first; what has a record already is left as it is.
 
@@ -47,7 +48,9 @@ def run_all(
         names: Files to take; all if empty.
         budgets: Shares of the MACs (or parameters, as the manifest says) to keep.
         limit: Seconds after which a command is ended.
+        recover: Effort of a recovery behind the refit; None for no recovery.
     """
+    more = [] if recover is None else ["--recover", recover]
     chosen = [entry for entry in manifest.entries if not names or entry.name in names]
     chosen.sort(key=lambda entry: entry.path(cache).stat().st_size)
     (out / "pruned").mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,9 @@ def run_all(
         for budget in budgets:
             _once(
                 out / f"{entry.name}-{budget}.json",
-                lambda e=entry, b=budget: prune(e, manifest, cache, out, budget=b, limit=limit),
+                lambda e=entry, b=budget: prune(
+                    e, manifest, cache, out, budget=b, limit=limit, options=more
+                ),
             )
         shutil.rmtree(_statistics(out, entry), ignore_errors=True)
 
@@ -143,9 +148,16 @@ def inspect(entry: Entry, cache: Path, limit: float) -> Record:
 
 
 def prune(
-    entry: Entry, manifest: Manifest, cache: Path, out: Path, *, budget: float, limit: float
+    entry: Entry,
+    manifest: Manifest,
+    cache: Path,
+    out: Path,
+    *,
+    budget: float,
+    limit: float,
+    options: Sequence[str] = (),
 ) -> Record:
-    """Prune a file with the default command, and judge the result in plain ONNX Runtime.
+    """Prune a file with the default command and more options, and judge the result in plain ONNX Runtime.
 
     Where the budget cannot be met, as inputs and outputs of the model keep their width, the smallest one that can be
     met takes its place, and the record has it as ``least``.
@@ -156,12 +168,12 @@ def prune(
         record = {"status": "no samples", "seconds": 0.0, "error": str(error)}
         return _about(entry, record | {"trace": traceback.format_exc()})
     pruned = out / "pruned" / f"{entry.name}-{budget}.onnx"
-    options = ["--data", str(data), "-o", str(pruned)]
-    options += [*entry.options, "--cache", str(_statistics(out, entry)), "--json"]
+    arguments = ["--data", str(data), "-o", str(pruned), *entry.options, *options]
+    arguments += ["--cache", str(_statistics(out, entry)), "--json"]
 
     def command_at(share: float) -> Record:
         at = [f"--{entry.budget}", str(share)]
-        return command(["prune", str(entry.path(cache)), *at, *options], limit)
+        return command(["prune", str(entry.path(cache)), *at, *arguments], limit)
 
     record = command_at(budget)
     if (least := least_budget(record["error"], entry.budget)) is not None:
@@ -173,6 +185,8 @@ def prune(
     found = json.loads(stdout)
     for key in ("before", "after", "verification", "notes", "timings"):
         record[key] = found[key]
+    if found.get("recovery"):
+        record["recovery"] = found["recovery"]
     record["align"] = found["settings"].get("align")
     record = judged(record, entry, manifest, cache, out, budget=budget)
     return _about(entry, record)

@@ -156,3 +156,61 @@ def write(manifest: Manifest, out: Path, study: Path | None = None) -> str:
         studies.store(study, "wild", found, COLUMNS, SEED, CLOCKED)
     lines = "\n".join(f"- {line}" for line in summary(found))
     return f"{studies.table(found, COLUMNS)}\n\n{lines}"
+
+
+RECOVERED = (
+    "file",
+    "task",
+    "measure",
+    "kept",
+    "kept recovered",
+    "held-out loss",
+    "held-out loss recovered",
+    "steps",
+    "augmentation",
+    "processor s",
+    "peak MiB",
+)
+
+
+def write_recovered(
+    manifest: Manifest, out: Path, recovered: Path, study: Path | None = None
+) -> str:
+    """Table of files that were pruned to half without and with a recovery, as Markdown.
+
+    Args:
+        manifest: The files.
+        out: Folder of records without a recovery.
+        recovered: Folder of records with one.
+        study: Folder to save the study ``recover-wild`` to.
+
+    Returns:
+        The table.
+    """
+    found = []
+    for entry in manifest.entries:
+        before, after = (_read(folder, f"{entry.name}-0.5") for folder in (out, recovered))
+        if before and after and "recovery" in after:
+            found.append(_recovered_row(entry, before, after))
+    if study is not None:
+        studies.store(study, "recover-wild", found, RECOVERED, SEED, CLOCKED)
+    return studies.table(found, RECOVERED)
+
+
+def _recovered_row(entry: Entry, before: Record, after: Record) -> studies.Row:
+    recovery = after["recovery"]
+    return {
+        "file": entry.name,
+        "task": entry.task,
+        "measure": after.get("measure"),
+        "kept": _kept(before),
+        "kept recovered": _kept(after),
+        "held-out loss": f"{recovery['before']:.4f}",
+        "held-out loss recovered": f"{recovery['after']:.4f}"
+        if recovery["accepted"]
+        else "refused",
+        "steps": recovery["steps"],
+        "augmentation": recovery["augment"],
+        "processor s": after["processor"],
+        "peak MiB": after["peak_mib"],
+    }
