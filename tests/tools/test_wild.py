@@ -370,6 +370,24 @@ def test_file_without_a_record_keeps_its_row(tmp_path: Path, listed: manifest.Ma
     assert json.loads((tmp_path / "wild.json").read_text())["rows"] == [row]
 
 
+def test_recovered_files_stand_beside_unrecovered_ones(
+    tmp_path: Path, listed: manifest.Manifest
+) -> None:
+    folders = [tmp_path / name for name in ("before", "after")]
+    record = {"kept": 0.8, "measure": "F1", "processor": 2.0, "peak_mib": 100}
+    recovery = {"accepted": True, "before": 0.5, "after": 0.25, "steps": 9, "augment": "none"}
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "toy-0.5.json").write_text(json.dumps(record))
+    (folders[1] / "toy-0.5.json").write_text(json.dumps(record | {"kept": 0.9}))
+    assert "toy" not in table.write_recovered(listed, *folders)  # that run had no recovery
+    trained = record | {"kept": 0.9, "recovery": recovery}
+    (folders[1] / "toy-0.5.json").write_text(json.dumps(trained))
+    assert "0.5000 | 0.2500 | 9 | none" in table.write_recovered(listed, *folders, tmp_path)
+    (row,) = json.loads((tmp_path / "recover-wild.json").read_text())["rows"]
+    assert (row["kept"], row["kept recovered"]) == (0.8, 0.9)
+
+
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="peak memory of one process needs wait4")
 def test_command_measures_its_own_process() -> None:
     record = run.command(["--version"], 60)
