@@ -28,14 +28,21 @@ HALVINGS = 30
 """Most halvings of a step that leaves the semidefinite matrices."""
 
 
-def separable(matrix: Floats) -> Floats:
+def separable(
+    matrix: Floats,
+    worth: Floats | None = None,
+    *,
+    accuracy: float = 0.0,
+) -> Floats:
     """Find a large diagonal that can be split off.
 
-    The sum of the diagonal is maximised under ``matrix - D`` semidefinite and ``D >= 0`` by a barrier method;
-    of large matrices, the diagonal is the largest multiple of their own.
+    The sum of the diagonal, or another weighted sum, is maximised under ``matrix - D`` semidefinite and ``D >= 0`` by a
+    barrier method; of large matrices, the diagonal is the largest multiple of their own.
 
     Args:
         matrix: Semidefinite matrix (n, n).
+        worth: Positive weights of the sum (n,), None for ones.
+        accuracy: Share of the largest sum that may be missed, for an earlier end of the search.
 
     Returns:
         The diagonal D (n,), zeros where nothing can be split off.
@@ -50,23 +57,34 @@ def separable(matrix: Floats) -> Floats:
     least = float(eigvalsh(correlation, subset_by_index=[0, 0])[0])
     share = np.full(len(root), max(least - MIN_EIGENVALUE, 0.0))
     if least > MIN_EIGENVALUE and len(root) <= MAX_SIZE:
-        worth = own[live] / own[live].mean()
-        found = _largest(correlation, worth, share / 2)
-        share = max(share, found, key=lambda candidate: float(worth @ candidate))
+        weights = own[live] if worth is None else own[live] * worth[live]
+        weights = weights / weights.mean()
+        found = _largest(correlation, weights, share / 2, accuracy)
+        share = max(share, found, key=lambda candidate: float(weights @ candidate))
     result[live] = share * own[live]
     return result
 
 
-def _largest(correlation: Floats, worth: Floats, share: Floats) -> Floats:
+def _largest(
+    correlation: Floats,
+    worth: Floats,
+    share: Floats,
+    accuracy: float,
+) -> Floats:
     """Newton's method on ``worth' e + mu (log det (R - diag e) + sum log e)`` from a strictly feasible e."""
     barrier = 1.0
     for _ in range(STEPS):
-        inverse = _inverse(correlation, share)
-        assert inverse is not None  # every accepted point is strictly feasible
+        factor = _factor(correlation, share)
+        assert factor is not None  # every accepted point is strictly feasible
+        identity = np.eye(len(share))
+        inverse = np.asarray(cho_solve(factor, identity, check_finite=False), np.float64)
         slope = worth - barrier * (np.diagonal(inverse) - 1 / share)
         curvature = barrier * (np.square(inverse) + np.diag(1 / np.square(share)))
         step = cho_solve(cho_factor(curvature, check_finite=False), slope)
         share = _moved(correlation, share, step)
+        # On the central path, the sum misses the largest one by the barrier times the number of its terms.
+        if 2 * len(share) * barrier <= accuracy * float(worth @ share):
+            break
         barrier *= SHRINK
     return share
 
@@ -75,16 +93,16 @@ def _moved(correlation: Floats, share: Floats, step: Floats) -> Floats:
     """The point after a step that is halved until it is strictly feasible."""
     for halving in range(HALVINGS):
         trial: Floats = share + 0.5**halving * step
-        if (trial > 0).all() and _inverse(correlation, trial + MIN_EIGENVALUE) is not None:
+        if (trial > 0).all() and _factor(correlation, trial + MIN_EIGENVALUE) is not None:
             return trial
     return share
 
 
-def _inverse(correlation: Floats, share: Floats) -> Floats | None:
-    """Inverse of the rest, or None if it is not positive definite."""
+def _factor(correlation: Floats, share: Floats) -> tuple[Floats, bool] | None:
+    """Cholesky factor of the rest, or None if it is not positive definite."""
     rest = correlation - np.diag(share)
     try:
-        factor = cho_factor(rest, lower=True, check_finite=False)
+        factor: tuple[Floats, bool] = cho_factor(rest, lower=True, check_finite=False)
     except LinAlgError:
         return None
-    return np.asarray(cho_solve(factor, np.eye(len(share)), check_finite=False), np.float64)
+    return factor

@@ -1,25 +1,37 @@
 """Loss of a group after its consumers were fitted again to the remaining units.
 
-``min_V tr((W - V) C (W - V)') + r sum_j |V_j|^2 / s_j`` with the ridge r: the perspective form of subset selection,
-here with a block of columns per unit and many outputs.
+``min_V tr((W - V) C (W - V)') + r |V|^2`` with the ridge r, over the V whose columns of removed units are 0. Between
+sets, a diagonal D with ``C + r - D`` semidefinite has the perspective form of subset selection, here with a block of
+columns per unit and many outputs: ``sum_j D_j |V_j|^2 / s_j`` in place of ``sum_j D_j |V_j|^2``. Every such D gives the
+same losses of sets; the larger it is, the tighter is the relaxation. D is r at first, and ``sharpen`` enlarges it.
 
-Source: Bertsimas and Van Parys, "Sparse high-dimensional regression", Annals of Statistics 48, 2020.
+Sources: Bertsimas and Van Parys, "Sparse high-dimensional regression", Annals of Statistics 48, 2020; Dong, Chen and
+Linderoth, "Regularization vs. relaxation: a conic optimization perspective of statistical variable selection", 2015.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import Bools, Floats, Ints
+from onnx_oamip.programs.diagonal_split import separable
 
 ABSENT = 1e-9
 """Keep variables below this count as 0."""
 RELATIVE_TOLERANCE = 1e-9
 """Share of the worth of all units that an exchange must gain."""
+RIDGE_SHARE = 0.9
+"""Share of the ridge that the perspective part always contains. The rest keeps what is split definite."""
+TURNS_PER_ROUND = 16
+"""Turns of the alternating minimisation before every move of the perspective part."""
+SPLIT_ACCURACY = 1e-3
+"""Share of the largest perspective part that a search may miss."""
+MIN_WORTH = 1e-4
+"""Least worth of a column in a search, relative to the largest one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +72,7 @@ class Repaired:
             outputs, d = consumer.weight.shape
             flops += d**2 * (d / 3 + 4 * outputs)
         self.flops = float(flops)
+        self._perspective = [np.full(c.weight.shape[1], c.ridge) for c in consumers]
         self._cross = [c.weight @ c.covariance for c in consumers]
         self._energy = []
         for consumer, cross in zip(consumers, self._cross, strict=True):
@@ -76,16 +89,11 @@ class Repaired:
         """
         value = 0.0
         gradient = np.zeros(len(keep))
-        for consumer, cross, energy in zip(self.consumers, self._cross, self._energy, strict=True):
-            present, share = _present(consumer, keep)
-            fitted = _fit(consumer, cross, present, share)
-            explained = float(np.einsum("od,od->", cross[:, present], fitted))
-            value += (energy - explained) / consumer.scale
-            # Residual covariance with every column, present or not: the gain that a column can still contribute.
-            residual = cross - fitted @ consumer.covariance[present]
-            per_column = np.square(residual).sum(axis=0)
-            gain = per_column[consumer.columns].sum(axis=1)
-            gradient -= gain / (consumer.ridge * consumer.scale)
+        for fit, energy in zip(self._fits(keep), self._energy, strict=True):
+            consumer = fit.consumer
+            value += (energy - fit.explained) / consumer.scale
+            per_column = np.square(fit.residual()).sum(axis=0) / fit.perspective
+            gradient -= per_column[consumer.columns].sum(axis=1) / consumer.scale
         return value, gradient
 
     def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
@@ -140,6 +148,23 @@ class Repaired:
         """
         return np.where(keep, -_total_worth(self._states(keep)), 0.0)
 
+    def sharpen(self, free: Bools, count: int, rounds: int) -> None:
+        """Enlarge the perspective part for the subsets of the free units; tangents then hold only for these.
+
+        In turns the optimum of the relaxation is approximated, and the perspective part moved towards the one that
+        raises it most there. The optimum is concave in D, with the derivative ``|V_j|^2 (1 / s_j - 1)``: these are
+        steps of the method of Frank and Wolfe.
+
+        Args:
+            free: Units that may be kept (units,).
+            count: Sum of the keep variables.
+            rounds: Number of moves.
+        """
+        keep = _equal_shares(free, count)
+        for move in range(rounds):
+            keep = self._alternate(keep, free, count, TURNS_PER_ROUND)
+            self._enlarge(free, keep, step=2 / (move + 2))
+
     def relax(self, free: Bools, count: int, steps: int) -> Floats:
         """Approximate the optimum of the relaxation by alternating minimisation.
 
@@ -154,30 +179,44 @@ class Repaired:
         Returns:
             Keep variables in [0, 1] (units,).
         """
-        keep: Floats = free * (count / free.sum())
+        return self._alternate(_equal_shares(free, count), free, count, steps)
+
+    def _alternate(
+        self,
+        keep: Floats,
+        free: Bools,
+        count: int,
+        steps: int,
+    ) -> Floats:
         for _ in range(steps):
             square = np.zeros(len(keep))
-            for consumer, cross in zip(self.consumers, self._cross, strict=True):
-                present, share = _present(consumer, keep)
-                energy = np.zeros(consumer.weight.shape[1])
-                fitted = _fit(consumer, cross, present, share)
-                energy[present] = np.square(fitted).sum(axis=0)
-                per_unit = energy[consumer.columns].sum(axis=1)
-                square += per_unit * consumer.ridge / consumer.scale
+            for fit in self._fits(keep):
+                per_column = fit.perspective * fit.column_energy()
+                square += per_column[fit.consumer.columns].sum(axis=1) / fit.consumer.scale
             keep = _shares(np.sqrt(square), free, count)
         return keep
+
+    def _enlarge(self, free: Bools, keep: Floats, step: float) -> None:
+        """Move every perspective part by a share of the way to the one that is best at these keep variables."""
+        for index, fit in enumerate(self._fits(keep)):
+            consumer = fit.consumer
+            columns = consumer.columns[free].reshape(-1)
+            share = np.maximum(fit.share[columns], ABSENT)
+            worth = fit.column_energy()[columns] * (1 / share - 1)
+            best = _largest_part(consumer, columns, worth)
+            current = self._perspective[index].copy()
+            current[columns] += step * (best - current[columns])
+            self._perspective[index] = current
+
+    def _fits(self, keep: Floats) -> Iterator[_Fit]:
+        for consumer, cross, part in zip(
+            self.consumers, self._cross, self._perspective, strict=True
+        ):
+            yield _fit(consumer, cross, part, keep)
 
     def _states(self, kept: Bools) -> list[_SweptConsumer]:
         pairs = zip(self.consumers, self._cross, strict=True)
         return [_SweptConsumer(consumer, cross, kept) for consumer, cross in pairs]
-
-
-def _present(consumer: LinearConsumer, keep: Floats) -> tuple[Ints, Floats]:
-    """Columns with a positive share, and their shares. Columns of no unit are always present."""
-    share = np.ones(consumer.weight.shape[1])
-    share[consumer.columns] = keep[:, None]
-    present = np.flatnonzero(share > ABSENT)
-    return present, share[present]
 
 
 class _SweptConsumer:
@@ -243,6 +282,11 @@ class _SweptConsumer:
         self.kept[unit] = not self.kept[unit]
 
 
+def _equal_shares(free: Bools, count: int) -> Floats:
+    """The same keep variable for every free unit."""
+    return np.asarray(free * (count / free.sum()), np.float64)
+
+
 def _total_worth(states: Sequence[_SweptConsumer]) -> Floats:
     return np.asarray(np.sum([state.worth() for state in states], axis=0), np.float64)
 
@@ -267,18 +311,88 @@ def _shares(weight: Floats, free: Bools, count: int) -> Floats:
     return np.clip(keep, 0.0, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """The best V of one consumer for some keep variables.
+
+    Attributes:
+        consumer: The consumer.
+        cross: ``W C`` (outputs, d).
+        perspective: Diagonal D (d,).
+        share: Keep variable of each column (d,), 1 for columns of no unit.
+        present: Columns with a positive share.
+        fitted: V (outputs, present columns).
+    """
+
+    consumer: LinearConsumer
+    cross: Floats
+    perspective: Floats
+    share: Floats
+    present: Ints
+    fitted: Floats
+
+    @property
+    def explained(self) -> float:
+        """Amount by which V lowers the loss."""
+        return float(np.einsum("od,od->", self.cross[:, self.present], self.fitted))
+
+    def column_energy(self) -> Floats:
+        """``|V_j|^2`` of every column (d,)."""
+        energy = np.zeros(len(self.share))
+        energy[self.present] = np.square(self.fitted).sum(axis=0)
+        return energy
+
+    def residual(self) -> Floats:
+        """``W C - V (C + r - D)`` (outputs, d): the gain that every column, present or not, can still contribute."""
+        residual = self.cross - self.fitted @ self.consumer.covariance[self.present]
+        rest = self.consumer.ridge - self.perspective[self.present]
+        residual[:, self.present] -= self.fitted * rest
+        return residual
+
+
 def _fit(
     consumer: LinearConsumer,
     cross: Floats,
-    present: Ints,
-    share: Floats,
-) -> Floats:
-    """The best V (outputs, present columns): ``V = W C S (S C S + ridge)^-1 S`` with S the root of the shares."""
+    perspective: Floats,
+    keep: Floats,
+) -> _Fit:
+    """``V = W C S (S (C + r - D) S + D)^-1 S`` with S the root of the shares."""
+    share = np.ones(consumer.weight.shape[1])
+    share[consumer.columns] = keep[:, None]
+    present = np.flatnonzero(share > ABSENT)
     if not len(present):
-        return np.zeros((len(cross), 0))
-    root = np.sqrt(share)
+        nothing = np.zeros((len(cross), 0))
+        return _Fit(consumer, cross, perspective, share, present, nothing)
+    root = np.sqrt(share[present])
+    part = perspective[present]
     loaded = consumer.covariance[np.ix_(present, present)] * np.outer(root, root)
-    loaded[np.diag_indices_from(loaded)] += consumer.ridge
+    loaded[np.diag_indices_from(loaded)] += share[present] * (consumer.ridge - part) + part
     factor = cho_factor(loaded, overwrite_a=True, check_finite=False)
     solved = cho_solve(factor, (cross[:, present] * root).T)
-    return np.asarray(solved, np.float64).T * root
+    fitted = np.asarray(solved, np.float64).T * root
+    return _Fit(consumer, cross, perspective, share, present, fitted)
+
+
+def _largest_part(
+    consumer: LinearConsumer,
+    columns: Ints,
+    worth: Floats,
+) -> Floats:
+    """The diagonal D (columns,) of greatest worth that leaves ``C + r - D`` semidefinite.
+
+    Columns of no unit are always present, so what they explain of the others does not count; other columns are absent.
+    """
+    always = np.ones(consumer.weight.shape[1], bool)
+    always[consumer.columns.reshape(-1)] = False
+    kept_ridge = RIDGE_SHARE * consumer.ridge
+    rest = consumer.covariance[np.ix_(columns, columns)].copy()
+    if always.any():
+        inner = consumer.covariance[np.ix_(always, always)].copy()
+        inner[np.diag_indices_from(inner)] += consumer.ridge
+        between = consumer.covariance[np.ix_(always, columns)]
+        factor = cho_factor(inner, overwrite_a=True, check_finite=False)
+        rest -= between.T @ cho_solve(factor, between, check_finite=False)
+    rest[np.diag_indices_from(rest)] += consumer.ridge - kept_ridge
+    least = MIN_WORTH * max(float(worth.max(initial=0.0)), 1e-300)
+    worth = np.maximum(worth, least)
+    return kept_ridge + separable(rest, worth, accuracy=SPLIT_ACCURACY)

@@ -75,6 +75,16 @@ class Loss(Protocol):
         """
         ...
 
+    def sharpen(self, free: Bools, count: int, rounds: int) -> None:
+        """Tighten the relaxation for the subsets of the free units. Later tangents hold for these only.
+
+        Args:
+            free: Units that may be kept (units,).
+            count: Sum of the keep variables.
+            rounds: Largest number of rounds of the search for a tighter one.
+        """
+        ...
+
     def relax(self, free: Bools, count: int, steps: int) -> Floats:
         """Approximate the optimum of the relaxation, where a tangent plane is most useful.
 
@@ -182,6 +192,15 @@ class Quadratic:
         joint = self.matrix @ (~keep).astype(np.float64)
         return np.where(keep, np.diagonal(self.matrix) + 2 * joint, 0.0)
 
+    def sharpen(self, free: Bools, count: int, rounds: int) -> None:
+        """Leave the relaxation as it is: the diagonal was split off at the start, for all sets.
+
+        Args:
+            free: Units that may be kept (units,).
+            count: Sum of the keep variables.
+            rounds: Without effect.
+        """
+
     def relax(self, free: Bools, count: int, steps: int) -> Floats:
         """Approximate the optimum of the relaxation by accelerated projected gradients.
 
@@ -234,7 +253,8 @@ def _project(point: Floats, free: Bools, count: int) -> Floats:
 class Subset:
     """The program "keep ``count`` of the free units": binaries s, then the epigraph variable.
 
-    Tangent planes that were found for one count hold for every other: they are kept from call to call.
+    Tangent planes that were found for one count hold for every other, and for all subsets of the units that were free:
+    they are kept from call to call, which must leave ever fewer units free.
 
     Attributes:
         loss: Loss of the group.

@@ -201,6 +201,18 @@ def test_separable_part_of_two_units_is_known() -> None:
     np.testing.assert_allclose(separable(three), [0.1, 0.1, 1.0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("accuracy", [0.0, 1e-2])
+def test_weighted_separable_part_of_two_units_is_known(accuracy: float) -> None:
+    """The most of ``4 e + f`` with ``(1 - e) (1 - f) >= c^2``: ``1 - e = c / 2`` and ``1 - f = 2 c``."""
+    worth = np.asarray([4.0, 1.0])
+    found = separable(np.asarray([[1.0, 0.3], [0.3, 1.0]]), worth, accuracy=accuracy)
+    if not accuracy:
+        np.testing.assert_allclose(found, [0.85, 0.4], rtol=1e-4)
+    assert (1 - found).prod() >= 0.09
+    best = 4 * 0.85 + 0.4
+    assert (1 - accuracy) * best - 1e-6 <= worth @ found <= best
+
+
 def test_separable_part_of_a_diagonal_is_the_diagonal() -> None:
     own = np.asarray([3.0, 0.0, 1e-4, 0.5])
     np.testing.assert_allclose(separable(np.diag(own)), own, rtol=1e-8, atol=0)
@@ -528,6 +540,63 @@ def test_repaired_relaxation_bounds_every_set(kind: str, seed: int) -> None:
         ]
         assert gaps[-1] <= 1e-2 * losses[-1]
         assert gaps[-2] <= 0.5 * gaps[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_sharpened_relaxation_bounds_every_set_more_tightly(kind: str, seed: int) -> None:
+    """Losses of sets are as before, planes lie below them, and the bound is closer to the best of them."""
+    loss = repaired(kind, seed, 8, ridge=0.02)
+    free = everything(8)
+    free[np.random.default_rng(seed).permutation(8)[: 2 * seed]] = False
+    best = least(loss, free, 3)
+    before = plane(loss, loss.relax(free, 3, 200), free, 3)
+    loss.sharpen(free, 3, 4)
+    relaxed = loss.relax(free, 3, 200)
+    bound = plane(loss, relaxed, free, 3)
+    assert bound <= whole(loss, relaxed) + 1e-12
+    assert bound <= best + 1e-12
+    assert best - bound <= 0.98 * (best - before)
+    value, gradient = loss.convex(relaxed)
+    for keep in sets(free, 3):
+        exact = least_squares(loss.consumers, keep.astype(np.float64))
+        assert loss_at(loss, keep) == pytest.approx(exact, rel=1e-8)
+        assert exact >= value + gradient @ (keep - relaxed) - 1e-9
+
+
+def test_sharpened_relaxation_of_uncorrelated_units_is_exact() -> None:
+    """Each unit loses for itself, so all of the covariance moves into the perspective part."""
+    rng = np.random.default_rng(0)
+    own = rng.uniform(0.5, 2.0, 9)
+    weight = rng.standard_normal((4, 9))
+    one = LinearConsumer(weight, np.diag(own), 1e-3, np.arange(9)[:, None], 1.0)
+    loss = Repaired([one], np.arange(9))
+    best = least(loss, everything(9), 4)
+    before = plane(loss, loss.relax(everything(9), 4, 50), everything(9), 4)
+    loss.sharpen(everything(9), 4, 3)
+    after = plane(loss, loss.relax(everything(9), 4, 50), everything(9), 4)
+    assert before < 0.1 * best
+    assert after == pytest.approx(best, rel=0.02)
+
+
+@given(SEEDS, st.sampled_from(list(KINDS)))
+@settings(max_examples=20)
+def test_sharpened_loss_is_convex(seed: int, kind: str) -> None:
+    """On the free units, along segments between any two points; its gradient matches differences."""
+    rng = np.random.default_rng(seed)
+    loss = repaired(kind, seed % 97, 5)
+    free = rng.permutation(5) < 4
+    loss.sharpen(free, 2, 2)
+    here, there = (free * np.clip(rng.normal(0.5, 0.6, 5), 0, 1) for _ in range(2))
+    (a, slope), (b, _) = loss.convex(here), loss.convex(there)
+    for t in (0.1, 0.5, 0.8):
+        assert loss.convex((1 - t) * here + t * there)[0] <= (1 - t) * a + t * b + 1e-10
+    assert b >= a + slope @ (there - here) - 1e-9 * (1 + float(np.abs(slope).max()))
+    at = free * rng.uniform(0.2, 0.9, 5)
+    gradient = loss.convex(at)[1]
+    step = 1e-5 * np.eye(5)[free]
+    found = [(loss.convex(at + s)[0] - loss.convex(at - s)[0]) / 2e-5 for s in step]
+    np.testing.assert_allclose(gradient[free], found, rtol=1e-5, atol=1e-6 * np.abs(found).max())
 
 
 @given(SEEDS, st.integers(1, 12))

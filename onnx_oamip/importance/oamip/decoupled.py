@@ -68,6 +68,12 @@ MAX_SOLVES = 6
 """Solves of the program for one share."""
 MAX_SEARCH_STEPS = 64
 """Steps of the search for the first point of one share."""
+MAX_RELAX_STEPS = 32
+"""Steps of the search for the optimum of the relaxation of one share."""
+MAX_SHARPENINGS = 4
+"""Rounds of the search for a tighter relaxation of one share."""
+EVALUATIONS_PER_SHARPENING = 50
+"""Evaluations of the loss that take as long as one round."""
 FLOPS_PER_GROUP = 1e11
 """Approximate floating-point operations for the losses of one group. Wide groups get fewer solves and search steps; the
 numbers do not depend on the machine."""
@@ -404,7 +410,9 @@ def _improve(
     taken = proposed is not None and best.offer(proposed)
     bound = 0.0
     last: Solution | None = None
-    relax_steps = int(min(MAX_SEARCH_STEPS / 4, max(2, evaluations / 3)))
+    rounds = int(min(MAX_SHARPENINGS, evaluations / EVALUATIONS_PER_SHARPENING))
+    loss.sharpen(free, best.count, rounds)
+    relax_steps = int(min(MAX_RELAX_STEPS, max(2, evaluations / 3)))
     relaxed = loss.relax(free, best.count, relax_steps)
     best.offer(relaxed)
     subset.tangent(relaxed)
