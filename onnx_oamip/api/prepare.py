@@ -108,6 +108,10 @@ def prepare(
         _check_amount(context.settings)
     constraints = plan_constraints.constraints(context, found)
     found = constraints.apply(context.coupling, found)
+    if few := width_losses.note(context):
+        LOG.warning("%s", few)
+        objective = context.objective
+        context = replace(context, objective=replace(objective, notes=(*objective.notes, few)))
     with context.clock("sensitivity"):
         steps = _steps(context)
         unrepaired = replace(context, settings=critical_units.without_repair(context.settings))

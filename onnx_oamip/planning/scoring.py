@@ -32,6 +32,7 @@ from onnx_oamip.objective import document, loss, sums
 from onnx_oamip.planning import foreign_scores, score_draws, sensitivity
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair import mean_folding
+from onnx_oamip.statistics import workload
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Collected, Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
@@ -163,7 +164,9 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     if not found.others:
         return found
     measured = parts(context.samples)[1]
-    few = measured.first(CHOICE_SAMPLES)
+    levels = len(sensitivity.CHOICE) * (1 + len(found.others))
+    passes = sensitivity.passes(coupling, levels)
+    few = workload.measured(context, passes, workload.LOSS_MACS).first(CHOICE_SAMPLES)
     names = ["the program" if found.method == "oamip" else found.method, *found.others]
     orders = np.stack([found.values, *found.others.values()])
     programmed = found.method == "oamip"

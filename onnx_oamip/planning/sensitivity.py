@@ -313,6 +313,19 @@ def levels(width: int) -> Ints:
     return np.unique(np.clip(np.round(shares * width), 1, width).astype(np.int64))
 
 
+def passes(coupling: Coupling, count: int = len(LEVELS) + 1) -> float:
+    """Count the runs of the whole model that one sample takes.
+
+    Args:
+        coupling: The groups.
+        count: Levels at which every group is measured.
+
+    Returns:
+        The number for all groups: the part in front of a group runs once, the part behind it at every level.
+    """
+    return len(coupling.groups) * (1 + count) / 2
+
+
 def _types(
     model: Model,
     slicer: Slicer,

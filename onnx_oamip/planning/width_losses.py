@@ -15,10 +15,12 @@ from onnx_oamip.core.records import (
     Sensitivity,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
 from onnx_oamip.objective import document
 from onnx_oamip.planning import allocation, critical_units, scoring, sensitivity
 from onnx_oamip.planning.budget_program import Ladder
+from onnx_oamip.statistics import workload
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE
@@ -62,6 +64,37 @@ def measure(
     return rungs(context.coupling, curves, step, floor), curves
 
 
+def note(context: Context) -> str:
+    """Describe a measurement on fewer samples than there are for losses.
+
+    Args:
+        context: The original model.
+
+    Returns:
+        A sentence for the user; empty where all samples are measured on, or none.
+    """
+    if not programmed(context.settings):
+        return ""
+    every = parts(context.samples)[1].count
+    count = _measured(context).count
+    if count == every:
+        return ""
+    macs = context.before.macs / max(context.model.batch, 1) / 1e9
+    runs = round(sensitivity.passes(context.coupling))
+    return (
+        f"losses of widths are measured on {count} of {every} samples, because a network of {macs:.2g} GMACs runs "
+        f"about {runs} times on each; `effort=high` takes all"
+    )
+
+
+def _measured(context: Context) -> Samples:
+    """Samples that the losses of groups are measured on: with ``effort=high`` all that there are for losses."""
+    if context.settings.effort == "high":
+        return parts(context.samples)[1]
+    passes = sensitivity.passes(context.coupling)
+    return workload.measured(context, passes, workload.LOSS_MACS)
+
+
 def losses_of_groups(
     context: Context, scores: Scores, around: Bools | None = None
 ) -> tuple[Sensitivity, ...]:
@@ -78,8 +111,10 @@ def losses_of_groups(
     model, coupling, settings = context.model, context.coupling, context.settings
     order = scoring.order(scores, coupling)
 
+    samples = _measured(context)
+
     def run() -> tuple[Sensitivity, ...]:
-        feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
+        feeds = [feed for _, feed in samples.batches(context.batch)]
         return sensitivity.measure(
             model,
             coupling,
@@ -101,6 +136,8 @@ def losses_of_groups(
         "refit": settings.refit,
         "objective": document(context.objective),
     }
+    if samples.count < parts(context.samples)[1].count:
+        known["samples"] = samples.count
     if around is not None:
         known["around"] = np.flatnonzero(~around).tolist()
     wide = cost.full_widths(coupling)

@@ -79,6 +79,20 @@ def collect(
     return {name: np.maximum(values, LEAST * top or 1.0) for name, values in result.items()}
 
 
+def passes(model: Model, coupling: Coupling) -> int:
+    """Count the runs of the model that one sample takes.
+
+    Args:
+        model: The original.
+        coupling: Its units.
+
+    Returns:
+        The number for all linear consumers: one of the original, and one for every part that is changed.
+    """
+    channels = (_channels(place, model) for place in _places(model, coupling))
+    return sum(1 + (count if count <= SINGLE else 1) for count in channels)
+
+
 def weighted(found: Sequence[Problem], relevance: Mapping[str, Floats]) -> list[Problem]:
     """Weigh the outputs of a group's consumers by the loss that errors there bring.
 

@@ -124,7 +124,7 @@ def _class_samples(context: Context) -> Images | None:
 def _relevance(context: Context) -> Mapping[str, Floats]:
     from onnx_oamip.artifacts import cache_entries
     from onnx_oamip.core.records.objective import document
-    from onnx_oamip.statistics import relevance
+    from onnx_oamip.statistics import relevance, workload
     from onnx_oamip.statistics.collector import parts
 
     model = context.model
@@ -133,12 +133,15 @@ def _relevance(context: Context) -> Mapping[str, Floats]:
     if len(objective.judged) < 2:
         return {}
 
+    passes = relevance.passes(model, coupling)
+    samples = workload.measured(context, passes, workload.RELEVANCE_MACS)
+
     def collect() -> Mapping[str, Floats]:
         return relevance.collect(
             model,
             coupling,
             objective,
-            parts(context.samples)[1],
+            samples,
             context.device,
             seed=context.settings.seed,
             batch_size=context.batch,
@@ -149,6 +152,8 @@ def _relevance(context: Context) -> Mapping[str, Floats]:
         return relevance.fits(entry, model, coupling)
 
     identity = {**context.cache_identity, "objective": document(objective)}
+    if samples.count < min(relevance.SAMPLES, parts(context.samples)[1].count):
+        identity["samples"] = samples.count
     return context.store.recall(cache_entries.RELEVANCE, identity, collect, valid)
 
 
