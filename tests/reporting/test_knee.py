@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
+from onnx_oamip.reporting.command_lines import knee_command
 from onnx_oamip.reporting.knee import knee
-from onnx_oamip.reporting.tables.parts import knee_command
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,29 @@ def test_knee_is_farthest_above_the_line_between_the_ends(
     assert knee(costs, quality) == place
 
 
-def test_command_of_the_knee_names_model_data_and_level() -> None:
-    value = {"knee": 0.5, "settings": {"data": "d.npz"}, "model": {"path": "x/net.onnx"}}
-    expected = "onnx-oamip prune x/net.onnx --data d.npz --macs 0.5 -o net-macs0.5.onnx"
-    assert knee_command(value) == expected
+def test_command_of_the_knee_has_the_options_of_the_run() -> None:
+    settings = {
+        "data": "d.npz",
+        "eval_data": None,
+        "scores": None,
+        "levels": [0.5],
+        "importance": "l2",
+        "exclude": ["a b", "c"],
+        "samples": 120,
+        "seed": 0,
+        "macs": None,
+        "device": "cpu",
+    }
+    value = {"knee": 0.5, "settings": settings, "model": {"path": "x/net.onnx"}}
+    words = shlex.split(knee_command(value))
+    assert words[:3] == ["onnx-oamip", "prune", "x/net.onnx"]
+    assert words[-2:] == ["-o", "net-macs0.5.onnx"]
+    found = [tuple(words[i : i + 2]) for i in range(3, len(words) - 2, 2)]
+    assert sorted(found) == [
+        ("--data", "d.npz"),
+        ("--exclude", "a b"),
+        ("--exclude", "c"),
+        ("--importance", "l2"),
+        ("--macs", "0.5"),
+        ("--samples", "120"),
+    ]

@@ -64,3 +64,18 @@ def test_long_name_of_a_node_leaves_room_for_the_words_beside_it() -> None:
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("largest relative error left" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("width", "tables"), [(40, 3), (60, 2), (100, 1)])
+def test_table_of_numbers_is_divided_where_it_is_too_wide(width: int, tables: int) -> None:
+    table = parts.grid(">MACs asked", *(f">figure {i}" for i in range(5)), "text")
+    table.add_row("60.0 %", *(f"{10**i}.25 %" for i in range(5)), "some words that may be folded")
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("MACs asked") == text.count("60.0 %") == tables
+    assert all(text.count(f" {10**i}.25 %") == text.count(f"figure {i}") == 1 for i in range(5))
+    assert all(word in text for word in ("some", "folded"))

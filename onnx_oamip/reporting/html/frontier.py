@@ -9,6 +9,7 @@ from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.records import Frontier
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.reporting import documents
+from onnx_oamip.reporting.command_lines import knee_command
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.html import charts
 from onnx_oamip.reporting.html.layout import (
@@ -37,7 +38,6 @@ from onnx_oamip.reporting.html.wording import (
     plural,
     short,
 )
-from onnx_oamip.reporting.tables.parts import knee_command
 
 ASKED = tuple(name for name in Settings.model_fields if name not in ("macs", "force"))
 """Settings that the command ``frontier`` has as options."""
@@ -126,22 +126,24 @@ def _curve(value: Document, made: Sequence[Document]) -> Section:
 
 
 def _points(value: Document) -> Section:
+    points = value["points"]
+    qualities = {"accuracy": ">accuracy", "agreement": ">same class"}
+    if all(p["accuracy"] is None for p in points):
+        del qualities["accuracy"]
     rows = [
         [
             percent(p["asked"]),
-            percent(p["accuracy"], 2),
+            *(percent(p[name], 2) for name in qualities),
             _time(p),
-            percent(p["agreement"], 2),
             number(p["output_relative_error"]),
             *(percent(p["shares"][kind.cost]) for kind in COUNTED),
         ]
-        for p in value["points"]
+        for p in points
     ]
     columns = (
         ">asked",
-        ">accuracy",
+        *qualities.values(),
         ">latency (95 %)",
-        ">same class",
         ">output error",
         ">MACs",
         ">parameters",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip.core.budgets import KINDS
-from onnx_oamip.core.options.validation import kind_of
-from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import ARRAYS
+from onnx_oamip.reporting.command_lines import command_line
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.html.layout import (
     Block,
@@ -51,8 +49,6 @@ _ASKED = frozenset(
     )
 )
 """Settings listed under "Budget and data"; the others are listed under "Method"."""
-_FROM_PLAN = {"apply": ("refit", "seed", "batch_size")}
-"""Settings, by command, whose default comes from the plan: the command line states them always."""
 
 
 def again(value: Document, command: str, names: Iterable[str]) -> Section:
@@ -70,7 +66,7 @@ def again(value: Document, command: str, names: Iterable[str]) -> Section:
     if _has_arrays(value):
         parts.append(Note("The data were arrays in memory: no command reads them."))
     else:
-        parts.append(Code(_command(value, command, names)))
+        parts.append(Code(command_line(value, command, names)))
     budget_and_data: list[tuple[str, str]] = []
     method: list[tuple[str, str]] = []
     for name, item in value["settings"].items():
@@ -99,51 +95,6 @@ def _has_arrays(value: Document) -> bool:
     """Tests for data that were passed as arrays, which no command line can name."""
     settings = value["settings"]
     return ARRAYS in (settings["data"], settings["eval_data"])
-
-
-def _command(value: Document, command: str, names: Iterable[str]) -> list[str]:
-    """The command line that gives the same result, one option per line."""
-    settings = value["settings"]
-    words: list[tuple[str, ...]] = [("onnx-oamip", command, value["model"]["path"])]
-    for name in ("data", "eval_data", "scores", "plan"):
-        if settings.get(name) is not None:
-            words.append((_flag(name), settings[name]))
-    if command == "frontier":
-        words.append(("--levels", ",".join(str(share) for share in settings["levels"])))
-        if settings["save_dir"] is not None:
-            words.append(("--save-dir", settings["save_dir"]))
-    for name in names:
-        if name == "importance" and settings["scores"] is not None:
-            continue
-        always = name in _FROM_PLAN.get(command, ())
-        if always or not _is_default(name, settings[name]):
-            words += _option(name, settings[name])
-    if command != "frontier":
-        words.append(("-o", value["output"]["path"] or "OUT.onnx"))
-    return [shlex.join(part) for part in words]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _is_default(name: str, item: Any) -> bool:
-    default = Settings.model_fields[name].get_default()
-    # A document holds lists where the settings hold tuples.
-    return bool(item == (list(default) if isinstance(default, tuple) else default))
-
-
-def _option(name: str, item: Any) -> list[tuple[str, ...]]:
-    """A setting as an option of the command line, repeated for a list without a separator."""
-    flag = _flag(name)
-    if item is True:
-        return [(flag,)]
-    if not isinstance(item, list):
-        return [(flag, str(item))]
-    kind = kind_of(Settings.model_fields[name])
-    if kind and kind.separator:
-        return [(flag, kind.separator.join(map(str, item)))]
-    return [(flag, str(one)) for one in item]
 
 
 def _setting(item: Any) -> str:

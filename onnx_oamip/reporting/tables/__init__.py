@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from onnx_oamip.core.printable import shortened, visible
+from onnx_oamip.reporting.command_lines import knee_command
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.side_by_side import lost
 from onnx_oamip.reporting.tables.parts import (
@@ -27,7 +28,6 @@ from onnx_oamip.reporting.tables.parts import (
     count,
     fit_rows,
     grid,
-    knee_command,
     latency_rows,
     limited,
     number,

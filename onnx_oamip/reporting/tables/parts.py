@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import PurePath
 from typing import Any
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +13,7 @@ from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.side_by_side import lost
+from onnx_oamip.reporting.tables.grid import Grid
 from onnx_oamip.verification.equivalence import FEW_SAMPLES
 
 KIND_NAMES = {
@@ -143,12 +142,14 @@ def point_table(found: Sequence[Document]) -> Table:
     Returns:
         The table.
     """
-    table = grid(
-        ">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency"
-    )
+    qualities = ["accuracy", "agreement"]
+    if found and all(point["accuracy"] is None for point in found):
+        qualities.remove("accuracy")
+    words = (f">{name}" for name in qualities)
+    table = grid(">MACs asked", ">kept", ">params", ">bytes", *words, ">error", ">latency")
     for point in found:
         shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
-        right = (percent(point[key], digits=2) for key in ("accuracy", "agreement"))
+        right = (percent(point[key], digits=2) for key in qualities)
         error = number(point["output_relative_error"])
         latency = percent(point["latency_ratio"])
         table.add_row(*shares, *right, error, latency)
@@ -180,22 +181,6 @@ def drop_choice(value: Document) -> str:
         nearest = max(smaller, key=lambda trial: trial["macs"])
         text += f"; the next smaller one, of {percent(nearest['macs'] / whole)}, loses {points(nearest['lost'])}"
     return text
-
-
-def knee_command(value: Document) -> str:
-    """Write the command that makes the model at the knee of a frontier.
-
-    Args:
-        value: Document of ``frontier``, with a knee.
-
-    Returns:
-        The command; other options of the run are to be added.
-    """
-    level = f"{value['knee']:g}"
-    data = value["settings"]["data"]
-    model = value["model"]["path"]
-    output = f"{PurePath(model).stem}-macs{level}.onnx"
-    return f"onnx-oamip prune {model} --data {data} --macs {level} -o {output}"
 
 
 def stage_sizes(rows: Sequence[Document], *, is_wide: bool) -> Table:
@@ -565,7 +550,7 @@ def limited(table: Table, rows: Sequence[Any], nouns: str) -> Iterator[Renderabl
         yield Text(f"... and {len(rows) - ROWS:,} more {nouns}; --json lists all.")
 
 
-def grid(*columns: str, header: bool = True) -> Table:
+def grid(*columns: str, header: bool = True) -> Grid:
     """Makes an empty table.
 
     Args:
@@ -575,9 +560,7 @@ def grid(*columns: str, header: bool = True) -> Table:
     Returns:
         The table.
     """
-    table = Table(
-        box=box.SIMPLE_HEAD if header else None, show_header=header, show_edge=False, pad_edge=False
-    )
+    table = Grid(header=header)
     for column in columns:
         right = column.startswith(">")
         table.add_column(
