@@ -147,3 +147,20 @@ def test_what_cannot_be_compared_is_refused(
     Path("empty.json").write_text("{}")
     assert main(["compare", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_page_of_models_without_labels_leads_with_agreement(tmp_path: Path) -> None:
+    for name in ("half", "third"):
+        document = json.loads(Path(f"{name}.json").read_text())
+        found = document["verification"]
+        found |= {"accuracy_before": None, "accuracy_after": None}
+        for measure in found["outputs"]:
+            measure |= {"lost": 1.5, "measure": "agreement of decisions"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    names = [str(tmp_path / f"{name}.json") for name in ("half", "third")]
+    page = tmp_path / "c.html"
+    assert main(["compare", *names, "-o", str(page), "-q"]) == 0
+    head = Tree(page.read_bytes()).rows["models"][0]
+    assert head[2] == "agreement"
+    assert "accuracy" not in head
+    assert "; every model loses 1.50 points." in page.read_text()

@@ -72,8 +72,13 @@ def _sentence(models: Sequence[Document]) -> str:
     text = f"{smallest['name']} is the smallest, with {percent(smallest['shares']['bytes'])} of the bytes"
     known = [model for model in models if lost(model["verification"]) is not None]
     if known:
-        best = min(known, key=lambda model: lost(model["verification"]) or 0.0)
-        text += f", and {best['name']} loses least, {points(lost(best['verification']))} points"
+        losses = {model["name"]: lost(model["verification"]) or 0.0 for model in known}
+        best = min(losses, key=lambda name: losses[name])
+        least = points(losses[best])
+        if len(losses) > 1 and len({points(loss) for loss in losses.values()}) == 1:
+            text += f"; every model loses {least} points"
+        else:
+            text += f", and {best} loses least, {least} points"
     return f"{text}."
 
 
@@ -105,8 +110,13 @@ def _latency(model: Document) -> Any:
 
 
 def _models(value: Document) -> Section:
+    models = value["compared_models"]
+    has_labels = any((m["verification"] or {}).get("accuracy_after") is not None for m in models)
+    # Deciding columns come first: a telephone shows three of them.
+    first = {"accuracy_after": ">accuracy"} if has_labels else {"agreement": ">agreement"}
+    last = {"agreement": ">agreement"} if has_labels else {}
     rows = []
-    for model in value["compared_models"]:
+    for model in models:
         found = model["verification"] or {}
         ratio = _latency(model)
         time = (
@@ -120,46 +130,41 @@ def _models(value: Document) -> Section:
             [
                 model["name"],
                 shares["bytes"],
-                percent(found.get("accuracy_after"), 2),
+                *(percent(found.get(name), 2) for name in first),
                 time,
                 shares["macs"],
                 shares["params"],
                 count(model["bytes"]),
                 DASH if zipped is None else count(zipped),
-                percent(found.get("agreement"), 2),
+                *(percent(found.get(name), 2) for name in last),
                 number(found.get("output_relative_error")),
             ]
         )
-    # Deciding columns come first: a telephone shows three of them.
     columns = (
         "model",
         ">file",
-        ">accuracy",
+        *first.values(),
         ">time (95 %)",
         ">MACs",
         ">parameters",
         ">bytes",
         ">zipped",
-        ">agreement",
+        *last.values(),
         ">output error",
     )
-    has_reports = any(m["report"] for m in value["compared_models"])
+    has_reports = any(m["report"] for m in models)
     files = [
         [m["name"], m["path"] or "(not written)", *([m["report"] or DASH] * has_reports)]
-        for m in value["compared_models"]
+        for m in models
     ]
-    digests = [(m["name"], m["sha256"] or DASH) for m in value["compared_models"]]
+    digests = [(m["name"], m["sha256"] or DASH) for m in models]
     parts: list[Part] = [
         Table.of(columns, rows),
         Table.of(("model", "file", *(["report"] * has_reports)), files),
         Pairs([Block("SHA-256", digests)]),
     ]
     before = next(
-        (
-            m["verification"]["accuracy_before"]
-            for m in value["compared_models"]
-            if m["verification"]
-        ),
+        (m["verification"]["accuracy_before"] for m in models if m["verification"]),
         None,
     )
     lead = "Shares are of the original's; time is measured side by side with the original."
