@@ -12,6 +12,8 @@ from onnx_oamip.core.records.objective import Form
 
 SMALLEST = 1e-12
 """Probabilities are clipped here before their logarithm is taken."""
+BLOCK = 1 << 14
+"""Values that a divergence takes at a time: its intermediate arrays then stay in the cache of the processor."""
 
 
 def log_classes(values: Floats, form: Form) -> Floats:
@@ -81,11 +83,32 @@ def class_divergence(truth: Floats, found: Floats, form: Form) -> Floats:
     Returns:
         Divergences (positions,) in nats; infinite where only one side is finite.
     """
-    p = log_classes(truth, form)
-    q = log_classes(found, form)
+    rows = max(1, BLOCK // max(truth.shape[1], 1))
+    blocks = [slice(i, i + rows) for i in range(0, len(truth), rows)]
+    parts = [_divergence_of_rows(truth[block], found[block], form) for block in blocks]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def _divergence_of_rows(truth: Floats, found: Floats, form: Form) -> Floats:
+    """Divergences of a block of positions, see :func:`class_divergence`."""
     with np.errstate(invalid="ignore"):
-        loss = np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1)
+        if form == "probabilities":
+            p = np.maximum(truth, SMALLEST)
+            loss = _summed(p, np.log(p) - np.log(np.maximum(found, SMALLEST)))
+        else:
+            # Sum of p (a - b) + log(sum exp b) - log(sum exp a), with a and b shifted: two exponentials an element.
+            old = truth - truth.max(axis=1, keepdims=True)
+            new = found - found.max(axis=1, keepdims=True)
+            difference = np.where(old == new, 0.0, old - new)
+            share = np.exp(old)
+            total = share.sum(axis=1)
+            loss = _summed(share, difference) / total + np.log(np.exp(new).sum(axis=1) / total)
     return lost(np.where((truth == found).all(axis=1), 0.0, np.maximum(loss, 0.0)))
+
+
+def _summed(one: Floats, other: Floats) -> Floats:
+    """Sums of products over the columns (positions,)."""
+    return np.asarray(np.einsum("ij,ij->i", one, other))
 
 
 def binary_divergence(

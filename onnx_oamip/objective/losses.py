@@ -18,7 +18,6 @@ from onnx_oamip.objective.divergences import (
     angle,
     binary_divergence,
     class_divergence,
-    log_classes,
     squared_error,
 )
 from onnx_oamip.objective.normaliser import cutoff
@@ -118,9 +117,7 @@ def _sum(term: Term, truth: Array, found: Array) -> Floats:
 def _classes(scale: Scale, old: Floats, new: Floats) -> float:
     divergence = class_divergence(old, new, scale.form)
     if scale.background >= 0:
-        positive = (log_classes(old, scale.form).argmax(axis=1) != scale.background).astype(
-            np.int64
-        )
+        positive = (old.argmax(axis=1) != scale.background).astype(np.int64)
         divergence = divergence * scale.balance[0, positive]
     return float(divergence.sum() / scale.spread)
 

@@ -225,7 +225,7 @@ class _Classes(_Answers):
         log = log_classes(rows, self.form)
         probability = np.exp(log)
         negentropy = weighted(log).sum(axis=1)
-        decision = log.argmax(axis=1)
+        decision = rows.argmax(axis=1)
         if self.by_decision is not None and len(rows):
             order = np.argsort(decision, kind="stable")
             seen, starts = np.unique(decision[order], return_index=True)

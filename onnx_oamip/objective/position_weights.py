@@ -19,7 +19,6 @@ from onnx_oamip.core.records import Array, Floats, Model, Objective
 from onnx_oamip.core.records.objective import Term, document
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.objective.divergences import log_classes
 from onnx_oamip.objective.normaliser import cutoff
 
 MAX_NUMBERS = 1 << 20
@@ -162,7 +161,7 @@ def _balance(term: Term, array: Array) -> Floats:
         positive = rows > cutoff(term.threshold, scale.form)
         weights = np.where(positive, scale.balance[:, 1], scale.balance[:, 0]).mean(axis=1)
     else:
-        decision = log_classes(rows, scale.form).argmax(axis=1)
+        decision = rows.argmax(axis=1)
         weights = scale.balance[0, (decision != scale.background).astype(np.int64)]
     bounded: Floats = np.minimum(weights, MAX_WEIGHT)
     return bounded.reshape(term.positions(array) or (1,))

@@ -14,12 +14,14 @@ from scipy.special import entr, expit, log_softmax, logit, rel_entr, softmax
 
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.core.records.objective import Form
 from onnx_oamip.objective import (
     Normaliser,
     Objective,
     Part,
     Term,
     compare,
+    divergences,
     loss,
     normaliser,
     sums,
@@ -115,6 +117,20 @@ def test_constant_average_output_costs_one(kind: str) -> None:
     assert compare(
         objective, [truth], [np.broadcast_to(average, truth.shape)]
     ).total == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["logits", "probabilities"])
+@pytest.mark.parametrize("block", [1, 50, 1 << 14])
+def test_divergences_do_not_depend_on_their_blocks(
+    form: Form, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergences, "BLOCK", block)
+    truth, found = outputs("values", 0, 41, 7), outputs("values", 1, 41, 7)
+    p, q = softmax(truth, axis=1), softmax(found, axis=1)
+    given_scores = (p, q) if form == "probabilities" else (truth, found)
+    divergence = divergences.class_divergence(*given_scores, form)
+    np.testing.assert_allclose(divergence, rel_entr(p, q).sum(axis=1), rtol=1e-12)
+    assert divergences.class_divergence(truth[:0], found[:0], form).shape == (0,)
 
 
 def test_classifier_loss_is_proportional_to_mean_divergence() -> None:

