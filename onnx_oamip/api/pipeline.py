@@ -12,7 +12,7 @@ from onnx_oamip.api import prepare as preparing
 from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import BUDGETS, prepare
 from onnx_oamip.api.results import Result, finished, write
-from onnx_oamip.artifacts import plan_files, score_files
+from onnx_oamip.artifacts import keep_maps, plan_files, score_files
 from onnx_oamip.artifacts.output import (
     FileTargets,
     Page,
@@ -20,6 +20,7 @@ from onnx_oamip.artifacts.output import (
 )
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
 from onnx_oamip.artifacts.score_files import Scored
+from onnx_oamip.core.atomic_files import Batch
 from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
@@ -200,6 +201,9 @@ def score(
     output: File,
     settings: Settings,
     progress: Progress | None = None,
+    *,
+    save_mask: File | None = None,
+    mask_threshold: float = keep_maps.PUBLISHED_THRESHOLD,
 ) -> Scored:
     """Score every unit of a model by ``settings.importance`` and write the scores.
 
@@ -211,16 +215,22 @@ def score(
         output: File of scores to write (``.npz``).
         settings: Importance method and its options.
         progress: Called as ``progress(stage, done, total)``.
+        save_mask: File for the keep-map of the units that the programs keep, which the command ``checkpoint`` reads.
+        mask_threshold: Least keep variable of a unit in that map.
 
     Returns:
         The scores, with the file that was written.
 
     Raises:
-        OamipError: Bad input or a missing package. No file is written.
+        OamipError: Bad input, a missing package, or a mask of scores that are no keep variables. No file is written.
     """
     clock = Clock(progress, PREPARATION[:-1])
     method = find(settings.importance)
     target = check_output(path, output, (source,))
+    mask_file = None
+    if save_mask is not None:
+        keep_maps.check_mask(settings.importance, mask_threshold)
+        mask_file = check_output(path, save_mask, (source, output), "--save-mask")
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
     check_solutions_read(settings, found.programs)
     model = context.model
@@ -229,8 +239,21 @@ def score(
     held = context.held_out
     used = samples.usable() if method.requests(settings) else 0
     asked = {**settings.model_dump(mode="json"), "device": context.device, "samples": used}
-    with clock("write"):
-        content = score_files.save_scores(target, model, coupling, found, settings=asked)
+    content = score_files.score_file(model, coupling, found, asked)
+    mask = None
+    with clock("write"), Batch() as batch:
+        batch.add(target, content)
+        if mask_file is not None:
+            keep = keep_maps.published_mask(coupling, found, mask_threshold)
+            mapped = keep_maps.keep_map(model, coupling, keep)
+            batch.add(mask_file, mapped)
+            mask = keep_maps.Mask(
+                path=str(mask_file),
+                sha256=hashlib.sha256(mapped).hexdigest(),
+                threshold=mask_threshold,
+                kept=int(keep.sum()),
+            )
+        batch.commit()
     notes: tuple[str, ...] = ()
     if used and held is not None and held.source == samples.source:
         notes = (
@@ -247,6 +270,7 @@ def score(
         asked,
         notes=(*found.notes, *notes),
         objective=context.objective,
+        mask=mask,
     )
 
 

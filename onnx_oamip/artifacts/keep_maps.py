@@ -20,15 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from onnx_oamip.core.atomic_files import write_bytes
-from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Coupling,
     Ints,
     Model,
+    Scores,
 )
 
+PUBLISHED_THRESHOLD = 0.1
+"""Keep variable below which the published experiments on dense networks remove a unit."""
 METADATA_KEY = "onnx_oamip"
 KIND = "keep-map"
 SCHEMA_VERSION = 1
@@ -83,6 +86,72 @@ class Checkpoint:
     sha256: str
     tensors: tuple[Cut, ...]
     unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Keep-map of the units whose scores reach a threshold.
+
+    Attributes:
+        path: File that was written.
+        sha256: Its digest.
+        threshold: Least score of a kept unit.
+        kept: Number of kept units.
+    """
+
+    path: str
+    sha256: str
+    threshold: float
+    kept: int
+
+
+def published_mask(coupling: Coupling, scores: Scores, threshold: float) -> Bools:
+    """Choose the units whose keep variables reach a threshold, as published; every group keeps its best unit.
+
+    Args:
+        coupling: Units of the model.
+        scores: Scores of the units.
+        threshold: Least keep variable of a kept unit.
+
+    Returns:
+        Kept units (n_units,).
+
+    Raises:
+        SettingsError: Scores are no keep variables of programs over the network.
+    """
+    if not scores.programs or not all("mode" in program for program in scores.programs):
+        raise _no_keep_variables(scores.method)
+    keep = scores.values >= threshold
+    for group in coupling.groups:
+        best = group.units[np.argmax(scores.values[group.units])]
+        keep[best] = True
+    return np.asarray(keep, bool)
+
+
+def check_mask(importance: str, threshold: float) -> None:
+    """Refuse a mask before any work is done.
+
+    Args:
+        importance: Importance method that is asked for.
+        threshold: Least keep variable of a kept unit.
+
+    Raises:
+        SettingsError: The method has no keep variables, or the threshold is no value of one.
+    """
+    if importance != "oamip":
+        raise _no_keep_variables(importance)
+    if not 0 < threshold <= 1:
+        raise SettingsError(
+            f"`mask_threshold` is {threshold}; expected a keep variable, more than 0 and at most 1."
+        )
+
+
+def _no_keep_variables(method: str) -> SettingsError:
+    return SettingsError(
+        "`save_mask` compares keep variables of programs over the whole network with a threshold, but these scores by "
+        f"{method} are others; score by `importance=oamip` with `mode=joint` or `mode=per-class`, or let prune choose "
+        "the units and write its keep-map."
+    )
 
 
 def pruned_weights(

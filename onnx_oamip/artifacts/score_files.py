@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_oamip.artifacts.keep_maps import Mask
 from onnx_oamip.core.atomic_files import write_bytes
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
@@ -90,6 +91,7 @@ class Scored:
         settings: Options of the run.
         notes: Remarks for a reader.
         objective: Terms that the scores were chosen by.
+        mask: Keep-map that was written with the scores, if there is one.
     """
 
     model: Model
@@ -101,6 +103,7 @@ class Scored:
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=Objective)
+    mask: Mask | None = None
 
 
 def save_scores(
@@ -126,6 +129,31 @@ def save_scores(
     Raises:
         DataError: A score is not finite.
         OutputError: The file cannot be written.
+    """
+    content = score_file(model, coupling, scores, settings)
+    write_bytes(content, path)
+    return content
+
+
+def score_file(
+    model: Model,
+    coupling: Coupling,
+    scores: Scores,
+    settings: Mapping[str, Any],
+) -> bytes:
+    """Build the file of the scores of a model's units.
+
+    Args:
+        model: Model that was scored.
+        coupling: Units of the model.
+        scores: Their scores.
+        settings: Options of the run, as plain values.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        DataError: A score is not finite.
     """
     _check_finite(scores.values, coupling, "the scores")
     index = np.zeros(coupling.n_units, np.int64)
@@ -156,7 +184,6 @@ def save_scores(
     }
     stream = io.BytesIO()
     np.savez(stream, **arrays)
-    write_bytes(stream.getvalue(), path)
     return stream.getvalue()
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from onnx_oamip.artifacts.keep_maps import Checkpoint
+from onnx_oamip.artifacts.keep_maps import PUBLISHED_THRESHOLD, Checkpoint
 from onnx_oamip.artifacts.plan_files import Planned
 from onnx_oamip.artifacts.score_files import Scored
 from onnx_oamip.core import budgets
@@ -51,8 +51,6 @@ from onnx_oamip.verification.benchmark import Benchmark
 from onnx_oamip.verification.latency import Timing
 
 SCHEMA_VERSION = 1
-LOW = 0.1
-"""Score below which units are removed in the published experiments."""
 Document: TypeAlias = dict[str, Any]
 
 
@@ -174,14 +172,19 @@ def scoring(found: Scored) -> Document:
     groups = []
     for group in found.coupling.groups:
         values = found.scores.values[group.units]
-        spread = {**_summary(values), "median": np.median(values), "below": np.mean(values < LOW)}
+        spread = {
+            **_summary(values),
+            "median": np.median(values),
+            "below": np.mean(values < PUBLISHED_THRESHOLD),
+        }
         groups.append({"name": group.name, "units": len(group.units), "score": spread})
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(found.model),
         "output": {"path": found.output, "sha256": found.sha256},
+        "mask": None if found.mask is None else asdict(found.mask),
         "method": found.scores.method,
-        "low": LOW,
+        "low": PUBLISHED_THRESHOLD,
         "groups": groups,
         "programs": found.scores.programs,
         "objective": terms(found.objective),

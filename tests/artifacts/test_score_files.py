@@ -32,7 +32,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.importance import find, names
-from onnx_oamip.planning import search
+from onnx_oamip.planning import execution
 from onnx_oamip.verification.latency import Ratio
 
 PROGRAM = {
@@ -357,7 +357,7 @@ def test_scores_of_folded_constants_require_data(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeping = {"l1": replace(find("l1"), keeps_bias=True)}
-    monkeypatch.setattr(search, "find", keeping.__getitem__)
+    monkeypatch.setattr(execution, "find", keeping.__getitem__)
     model, source = task / "model.onnx", task / "data.npz"
     published = _settings(macs=0.5, refit="none", formulation="paper")
     score(model, None, task / "s.npz", _settings(importance="l1"))

@@ -29,6 +29,7 @@ from command_line import (
 )
 from conftest import ROOT
 from graphs import build
+from safetensors.numpy import load_file, save_file
 
 from onnx_oamip.cli import cli, main
 from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
@@ -347,6 +348,7 @@ def test_score_document(run: Run, place: Path) -> None:
         "schema_version",
         "model",
         "output",
+        "mask",
         "method",
         "low",
         "groups",
@@ -363,6 +365,7 @@ def test_score_document(run: Run, place: Path) -> None:
         "activation",
         0.1,
     )
+    assert document["mask"] is None
     assert document["output"]["path"] == "s.npz"
     assert (
         document["output"]["sha256"] == hashlib.sha256((place / "s.npz").read_bytes()).hexdigest()
@@ -1093,6 +1096,7 @@ def test_scores_are_not_written_over(run: Run, place: Path) -> None:
     assert "--scores" in result.err
 
 
+OAMIP_MASK = ("--importance", "oamip", "--save-mask", "k.safetensors")
 SCORE_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
     "missing model": (lambda: Path("model.onnx").unlink(), (), "no such file"),
     "missing data": (lambda: Path("data.npz").unlink(), (), "no such data file"),
@@ -1104,6 +1108,11 @@ SCORE_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
     "output is the model": (lambda: None, ("-o", "./model.onnx"), "model.onnx"),
     "output is the data": (lambda: None, ("-o", "./data.npz"), "data.npz"),
     "a budget": (lambda: None, ("--macs", "0.5"), "--macs"),
+    "mask of other scores": (lambda: None, ("--save-mask", "k.safetensors"), "--importance oamip"),
+    "mask of decoupled scores": (lambda: None, (*OAMIP_MASK, "--mode", "decoupled"), "joint"),
+    "threshold over 1": (lambda: None, (*OAMIP_MASK, "--mask-threshold", "2"), "--mask-threshold"),
+    "mask over the model": (lambda: None, (*OAMIP_MASK[:-1], "./model.onnx"), "--save-mask"),
+    "mask over the scores": (lambda: None, (*OAMIP_MASK[:-1], "./s.npz"), "s.npz"),
 }
 
 
@@ -1120,6 +1129,34 @@ def test_score_usage_error_is_one_sentence_and_writes_nothing(
     one_sentence(result)
     assert word in result.err
     assert contents(place) == before
+
+
+def test_saved_mask_cuts_initial_weights_to_the_units_above_the_threshold(
+    run: Run, place: Path
+) -> None:
+    """A lottery ticket: the mask of the trained network on weights of the same names and other content."""
+    joint = ("--mode", "joint", "--formulation", "paper", "--refit", "none")
+    command = ("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", *OAMIP_MASK, *joint)
+    mask = run(*command, "--mask-threshold", "0.3", "--json").document["mask"]
+    with np.load("s.npz") as scores:
+        keep = scores["values"] >= 0.3
+    assert 0 < keep.sum() < len(keep)
+    digest = hashlib.sha256(Path("k.safetensors").read_bytes()).hexdigest()
+    expected = {"path": "k.safetensors", "sha256": digest, "threshold": 0.3, "kept": keep.sum()}
+    assert mask == expected
+    rng = np.random.default_rng(0)
+    initial = {
+        tensor.name: rng.standard_normal(tuple(tensor.dims)).astype(np.float32)
+        for tensor in onnx.load("model.onnx").graph.initializer
+    }
+    save_file(initial, "initial.safetensors")
+    files = ("--keep-map", "k.safetensors", "--state-dict", "initial.safetensors")
+    assert run("checkpoint", *files, "-o", "ticket.safetensors", "-q").code == 0
+    ticket = load_file("ticket.safetensors")
+    np.testing.assert_array_equal(ticket["first.weight"], initial["first.weight"][keep])
+    np.testing.assert_array_equal(ticket["second.weight"], initial["second.weight"][:, keep])
+    shown = run(*command, "--mask-threshold", "0.3").out
+    assert f"mask: {keep.sum()} of 16 units reach 0.3 -> k.safetensors" in shown
 
 
 def test_score_without_data_or_output_names_the_missing_option(run: Run, place: Path) -> None:

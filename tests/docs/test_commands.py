@@ -145,7 +145,7 @@ def own_file(path: Path, model: Path, samples: dict[str, Any]) -> None:
         pyarrow.parquet.write_table(
             pyarrow.table({"pixels": values, "label": samples["labels"]}), path
         )
-    elif path.name == "trained.safetensors":
+    elif path.name in ("initial.safetensors", "trained.safetensors"):
         save_file(
             {t.name: numpy_helper.to_array(t) for t in onnx.load(model).graph.initializer}, path
         )

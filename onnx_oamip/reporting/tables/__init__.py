@@ -167,8 +167,13 @@ def _score(value: Document, console: Console) -> Iterator[RenderableType]:
         )
     yield from limited(table, value["groups"], "groups")
     yield from program_rows(value["programs"], console)
-    notes = [f"scored by {value['method']}", *(f"note: {note}" for note in value["notes"])]
-    yield Text("\n".join(notes))
+    lines = [f"scored by {value['method']}"]
+    mask = value["mask"]
+    if mask is not None:
+        units = sum(group["units"] for group in value["groups"])
+        reached = f"{mask['kept']:,} of {units:,} units reach {mask['threshold']:g}"
+        lines.append(f"mask: {reached} -> {mask['path']}")
+    yield Text("\n".join([*lines, *(f"note: {note}" for note in value["notes"])]))
 
 
 def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
