@@ -162,6 +162,29 @@ def cap(coupling: Coupling, memory_limit: int) -> int:
     return min(CAP, math.isqrt(share(coupling, memory_limit)))
 
 
+def estimated_bytes(model: Model, coupling: Coupling) -> int:
+    """Estimate the memory of all covariances where no option bounds it.
+
+    Args:
+        model: The model.
+        coupling: Its consumers.
+
+    Returns:
+        Bytes of the matrices and factors.
+    """
+    total = 0
+    for family in _families(model, coupling, CAP):
+        first = family.layers[0]
+        groups = matrix_shape(first, model.constants[first.weight])[0]
+        size, folded = family.columns.shape
+        if _has_matrix(family.columns, None):
+            rank = size
+        else:
+            rank = folded * _Rows(model, first, family, MOST_VALUES).wanted(feeds=1)
+        total += 8 * groups * rank * size
+    return total
+
+
 def share(coupling: Coupling, memory_limit: int) -> int:
     """Divide memory by the consumers of a model.
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 GRAM_SAMPLES = 512
 """Most calibration samples that covariances are collected from."""
+COVARIANCE_BYTES = 1 << 31
+"""Bytes of all covariances, where no option bounds memory, above which each consumer gets an equal share of them."""
 COVARIANCE_POWER = 0.75
 """Exponent of the weights of rare decisions: full weights leave a covariance to too few different rows."""
 
@@ -66,8 +68,12 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     cap = covariances.CAP
     limit = None
     if settings.max_memory is not None:
-        cap = covariances.cap(coupling, settings.activation_memory_limit)
-        limit = covariances.share(coupling, settings.activation_memory_limit)
+        most = settings.activation_memory_limit
+    else:
+        most = COVARIANCE_BYTES
+    if settings.max_memory is not None or covariances.estimated_bytes(model, coupling) > most:
+        cap = covariances.cap(coupling, most)
+        limit = covariances.share(coupling, most)
 
     def collect() -> Mapping[str, Gram]:
         found = covariances.collect(

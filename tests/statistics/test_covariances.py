@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graphs import activations, build, feed, load
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper, save
 
+from onnx_oamip import Settings
+from onnx_oamip.api.prepare import open_context
 from onnx_oamip.artifacts import cache_entries
 from onnx_oamip.core.records import (
     Array,
@@ -25,7 +27,8 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective.position_weights import PositionWeights
-from onnx_oamip.statistics import covariances, layer_problems
+from onnx_oamip.statistics import covariances, layer_problems, requests
+from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.layer_problems import (
     Problem,
     compensate,
@@ -715,3 +718,42 @@ def test_weights_with_different_factors_have_covariances_of_their_own(tmp_path: 
     grams = covariances.collect(model, coupling, [feed(model, 0, 20)], "cpu")
     assert len(grams) == 3
     assert not any(gram.uses for gram in grams.values())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_is_estimated_before_it_is_taken(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shared:
+        model, coupling, feeds, _ = _shared(tmp_path)
+    else:
+        # One product with a matrix, and one with a factor of the rows that fit.
+        monkeypatch.setattr(covariances, "MOST_COLUMNS", 20)
+        monkeypatch.setattr(covariances, "MOST_VALUES", 1400)
+        text = """(float[N,5] x) => (float[N,4] y) <float[5,16] w1, float[16,36] w2, float[36,4] w3> {
+            a = MatMul(x, w1)
+            h = Relu(a)
+            b = MatMul(h, w2)
+            r = Relu(b)
+            y = MatMul(r, w3)
+        }"""
+        model = load(build(text), tmp_path)
+        coupling, feeds = couple(model), [feed(model, 0, 100)]
+    grams = covariances.collect(model, coupling, feeds, "cpu")
+    held = {id(gram): gram.values.nbytes for gram in grams.values()}
+    assert shared or {gram.factor is None for gram in grams.values()} == {True, False}
+    assert covariances.estimated_bytes(model, coupling) == sum(held.values())
+
+
+def test_covariances_of_a_large_model_share_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "COVARIANCE_BYTES", 8 * 2 * 50)
+    model, _, _, names = _shared(tmp_path)
+    data = feed(model, 0, 80)
+    save(model.proto, tmp_path / "model.onnx")
+    settings = Settings.create(macs=0.5, device="cpu", cache="off")
+    context = open_context(tmp_path / "model.onnx", data, settings)
+    grams = collect(context, {requests.COVARIANCE})[requests.COVARIANCE]
+    assert len(grams) == len(names)
+    assert all(gram.factor is not None and gram.factor.size <= 8 * 32 for gram in grams.values())
