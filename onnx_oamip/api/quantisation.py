@@ -18,6 +18,7 @@ from onnx_oamip.core.atomic_files import scratch
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.json_values import plain_document
+from onnx_oamip.core.notebook import tables
 from onnx_oamip.core.options import QuantisationOptions
 from onnx_oamip.core.progress import INT8, Progress
 from onnx_oamip.core.records import Array, Model
@@ -149,6 +150,20 @@ class Quantised:
             f"<Quantised {self.original.path}: {weights} weights int8, {self.original.file_bytes:,} -> {self.bytes:,} "
             "bytes>"
         )
+
+    def _repr_html_(self) -> str:
+        found = self.found
+        rows = [
+            ("bytes", f"{self.original.file_bytes:,}", f"{self.bytes:,}"),
+            ("weights int8", "0", f"{found.weights:,}"),
+            (
+                "weights left as they are",
+                f"{found.weights + found.float_weights:,}",
+                found.float_weights,
+            ),
+        ]
+        notes = [(note,) for note in self.notes]
+        return tables(repr(self).strip("<>"), (rows, ("", "before", "after")), (notes, ("note",)))
 
 
 def int8(

@@ -25,6 +25,7 @@ from onnx_oamip.core.atomic_files import output_errors
 from onnx_oamip.core.budgets import counted_shares
 from onnx_oamip.core.errors import OutputError, SettingsError
 from onnx_oamip.core.json_values import plain_document
+from onnx_oamip.core.notebook import tables
 from onnx_oamip.core.options import QuantisationOptions
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Budget, Model
@@ -137,6 +138,25 @@ class StagedRun:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{row['stage']} {row['bytes']:,} bytes" for row in self.rows)
         return f"<StagedRun {self.original.path} -> {self.folder}: {sizes}>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for row in self.rows:
+            found = row["verification"] or {}
+            ratio = found.get("latency")
+            rows.append(
+                (
+                    row["stage"],
+                    f"{row['macs']:,}",
+                    f"{row['bytes']:,}",
+                    f"{row['zip_bytes']:,}",
+                    "" if ratio is None else f"{ratio['median']:.1%}",
+                    "" if found.get("agreement") is None else f"{found['agreement']:.2%}",
+                )
+            )
+        header = ("model", "MACs", "bytes", "zip", "time", "agreement")
+        limits = [(sentence,) for sentence in self.broken]
+        return tables(repr(self).strip("<>"), (rows, header), (limits, ("limit broken",)))
 
     def _notes(self) -> list[str]:
         """Remarks of all stages, each once."""

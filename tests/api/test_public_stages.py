@@ -14,6 +14,7 @@ import onnx_oamip
 from onnx_oamip import OutputError, SettingsError
 from onnx_oamip.api import proof
 from onnx_oamip.cli import main
+from onnx_oamip.core.records import Measure, Recovered, Recovery
 from onnx_oamip.verification import latency
 from onnx_oamip.verification.latency import Ratio, Timing
 
@@ -76,6 +77,7 @@ def test_int8_makes_the_bytes_of_the_command_line(
     assert Path("r.onnx").read_bytes() == content(found.model)
     assert saved.document["output"]["path"] == "r.onnx"
     assert repr(found).startswith("<Quantised (model): ")
+    assert f"<td>{found.bytes:,}</td>" in found._repr_html_()
 
 
 def test_pruned_result_is_quantised_and_verified_in_memory(place: Path) -> None:
@@ -115,6 +117,8 @@ def test_run_makes_the_files_of_the_command_line(place: Path) -> None:
     assert found.limits.max_drop == 50
     assert found.broken == ()
     assert repr(found).startswith("<StagedRun m.onnx -> here: original ")
+    shown = found._repr_html_()
+    assert all(f"<td>{row['bytes']:,}</td>" in shown for row in found.rows)
     again = onnx_oamip.run("p.toml")
     assert again.document["reused"] == ["prune", "int8", "check"]
 
@@ -136,3 +140,46 @@ def test_wrong_pipeline_is_refused_before_any_work(
     with pytest.raises(SettingsError, match=sentence):
         onnx_oamip.run({**described, **change})
     assert not (place / "here").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_recovery_is_shown_in_one_line_and_a_table() -> None:
+    loss = Measure("y", "y", "classes", "agreement of decisions", 2.5, {})
+    after = Measure("y", "y", "classes", "agreement of decisions", 1.25, {})
+    recovery = Recovery(
+        accepted=True,
+        before=0.2,
+        after=0.1,
+        steps=1500,
+        block_steps=0,
+        slowed=0,
+        best_step=1500,
+        batch=8,
+        held_bytes=0,
+        seconds=1.0,
+        ended="budget",
+        samples=48,
+        held_out=12,
+        augment="none",
+        device="cpu",
+        weights=2,
+        features=(),
+        left_out=(),
+        curve=(),
+        outputs_before=(loss,),
+        outputs=(after,),
+    )
+    model = onnx_oamip.load("m.onnx")
+    found = Recovered(
+        model,
+        model,
+        model.proto,
+        None,
+        None,
+        recovery,
+        onnx_oamip.inspect("m.onnx").objective,
+        {},
+        {},
+    )
+    assert repr(found) == "<Recovered m.onnx -> None: loss 0.2 -> 0.1 in 1,500 steps, taken>"
+    assert "<td>2.50</td><td>1.25</td>" in found._repr_html_()

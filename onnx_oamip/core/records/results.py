@@ -448,7 +448,7 @@ class Report:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recovered:
     """Result of ``recover``; ``reporting.documents.recovered`` converts it to JSON.
 
@@ -475,3 +475,21 @@ class Recovered:
     timings: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        found = self.recovery
+        after = "-" if found.after is None else f"{found.after:.4g}"
+        taken = "taken" if found.accepted else "left as it was"
+        return (
+            f"<Recovered {self.pruned.path} -> {self.output}: loss {found.before:.4g} -> {after} in {found.steps:,} "
+            f"steps, {taken}>"
+        )
+
+    def _repr_html_(self) -> str:
+        found = self.recovery
+        rows = [
+            (before.term, before.measure, f"{before.lost:.2f}", f"{after.lost:.2f}")
+            for before, after in zip(found.outputs_before, found.outputs, strict=True)
+        ]
+        header = ("output", "measure", "points lost before", "after")
+        return tables(repr(self).strip("<>"), (rows, header))
