@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-NARROWEST = 10
-"""Characters that a column of text can be folded to."""
+LONGEST_WORD = 16
+"""Characters of a word that stays in one piece; a longer one is folded."""
 GAP = 3
 """Characters between two columns."""
 
@@ -66,7 +66,8 @@ class Grid(Table):
 
 
 def _width(column: Column, console: Console, options: ConsoleOptions) -> int:
-    """Least width at which a column is complete."""
-    cells = (column.header, *column.cells)
-    widest = max(Measurement.get(console, options, cell).maximum for cell in cells)
-    return widest if column.no_wrap else min(widest, NARROWEST)
+    """Least width at which numbers are complete and words in one piece."""
+    cells = [Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+    if column.no_wrap:
+        return max(cell.maximum for cell in cells)
+    return min(max(cell.minimum for cell in cells), LONGEST_WORD)
