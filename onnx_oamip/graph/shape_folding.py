@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.ops import build, kinds
 from onnx_oamip.graph.ops.shape_targets import RULES, drop_expand, is_list_of_lengths
 from onnx_oamip.graph.shape_inference import (
@@ -183,11 +184,15 @@ def fold(proto: ModelProto) -> bool:
 def _fold_known_values(edit: _Editor) -> None:
     """Replace integer tensors whose elements are all known by constants of the same name."""
     outputs = {value.name for value in edit.graph.output}
+    # A node of which another output is unknown stays, and its replaced output must not be replaced in every round.
+    read = {name for node in edit.graph.node for name in subgraphs.reads(node)}
     types = edit.known.types
     for node in edit.graph.node:
         for slot, name in enumerate(node.output):
             entries = edit.entries(name)
             if entries is None or name in outputs or name not in types or not numbers(entries):
+                continue
+            if name not in read:
                 continue
             node.output[slot] = edit.unused(f"{name}_computed")
             dtype = helper.tensor_dtype_to_np_dtype(types[name])

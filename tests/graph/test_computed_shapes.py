@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from graphs import assert_exact, build, keep_one, load, random_keep
 
-from onnx_oamip.graph import cost
+from onnx_oamip.graph import cost, shape_folding
 from onnx_oamip.graph.coupling import couple
 
 SCATTER = """(float[N,6] x, int64[E] source, int64[E] target) => (float[N,4] y)
@@ -190,3 +190,20 @@ def test_channels_are_followed(
     rng = np.random.default_rng(0)
     for keep in (random_keep(coupling, rng, 0.5), keep_one(coupling, rng)):
         assert_exact(model, coupling, keep, batches=(1,) if bindings else (1, 3))
+
+
+def test_known_outputs_beside_an_unknown_one_are_replaced_once() -> None:
+    """The Split stays, because the batch is unknown; a second round has nothing left to replace."""
+    text = """(float[N,4,6] x) => (float[] y) <int64[3] ones = {1, 1, 1}> {
+        s = Shape(x)
+        n, c, d = Split<axis = 0>(s, ones)
+        r = Mul(d, c)
+        to = Concat<axis = 0>(n, r)
+        y = Reshape(x, to)
+    }"""
+    proto = build(text)
+    assert shape_folding.fold(proto)
+    (split,) = (node for node in proto.graph.node if node.op_type == "Split")
+    assert split.output[0] == "n"
+    assert {"c", "d"} <= {tensor.name for tensor in proto.graph.initializer}
+    assert not shape_folding.fold(proto)
