@@ -1,17 +1,17 @@
 """Public names of the package; ``__init__.py`` imports each from here when it is first used."""
 
 from onnx_oamip.api.comparison import compare as compare
-from onnx_oamip.api.frontier import frontier as frontier
 from onnx_oamip.api.in_memory import (
     Feeds as Feeds,
     apply as apply,
     feeds as feeds,
+    frontier as frontier,
     inspect as inspect,
     plan as plan,
     prune as prune,
+    score as score,
     verify as verify,
 )
-from onnx_oamip.api.pipeline import score as score
 from onnx_oamip.api.quantisation import Quantised as Quantised
 from onnx_oamip.api.results import (
     Inspection as Inspection,

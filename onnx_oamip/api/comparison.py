@@ -28,7 +28,7 @@ def compare(
     original: ModelSource,
     pruned: ModelSource,
     source: Source,
-    settings: Settings,
+    settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare a pruned model with its original: validity, two batch sizes, output error, agreement, accuracy.
@@ -47,6 +47,7 @@ def compare(
         OamipError: Bad input or a missing package.
         GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
     """
+    settings = settings or Settings.create()
     dataset.check_extras(source)
     op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import prepare
@@ -28,6 +29,7 @@ from onnx_oamip.core.progress import FRONTIER, Progress
 from onnx_oamip.core.records import Frontier, Point
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import Source, source_name
+from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.planning import iterative, search
 from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.reporting import documents
@@ -38,7 +40,7 @@ LEVELS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
 
 
 def frontier(
-    path: str | os.PathLike[str],
+    path: ModelSource,
     source: Source,
     settings: Settings,
     levels: Sequence[float] = LEVELS,
@@ -51,7 +53,7 @@ def frontier(
     """Prune a model to several shares of its MACs, widest first.
 
     Args:
-        path: Model file.
+        path: Model file, or a model in memory.
         source: Calibration samples.
         settings: Options; other budgets in it hold at every level.
         levels: Shares of the MACs to keep.
@@ -136,7 +138,7 @@ def frontier(
 
 
 def _target(
-    path: str | os.PathLike[str],
+    path: ModelSource,
     folder: str | os.PathLike[str] | None,
     share: float,
     sources: tuple[object, ...],
@@ -144,7 +146,8 @@ def _target(
     """Path of the model of one level. Raises OutputError where it cannot be written there."""
     if folder is None:
         return None
-    target = Path(folder) / f"{Path(path).stem}-macs{share}.onnx"
+    stem = "model" if isinstance(path, onnx.ModelProto) else Path(path).stem
+    target = Path(folder) / f"{stem}-macs{share}.onnx"
     if Path(folder).exists():
         return check_output(path, target, sources, "`save_dir`")
     check_new_folder(Path(folder), "`save_dir`")

@@ -6,17 +6,21 @@ the report alone, as the command line uses them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, overload
 
 from onnx_oamip.api import comparison, pipeline
+from onnx_oamip.api import frontier as frontiers
 from onnx_oamip.api.arguments import ShownProgress, settings_of, shown
+from onnx_oamip.api.frontier import LEVELS
 from onnx_oamip.api.results import Inspection, Result
+from onnx_oamip.artifacts.keep_maps import PUBLISHED_THRESHOLD
 from onnx_oamip.artifacts.output import Page
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
+from onnx_oamip.artifacts.score_files import Scored
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.core.records import Array, Report, Verification
+from onnx_oamip.core.records import Array, Frontier, Report, Verification
 from onnx_oamip.core.renamed_parameters import earlier_names
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
@@ -157,6 +161,99 @@ def plan(
     with shown(progress) as callback:
         return pipeline.plan(
             model, data, output, asked, eval_data, progress=callback, scores=scores
+        )
+
+
+@earlier_names(path="model", source="data")
+def score(
+    model: ModelSource,
+    data: Source | None = None,
+    output: File | None = None,
+    settings: Settings | None = None,
+    progress: ShownProgress = None,
+    *,
+    save_mask: File | None = None,
+    mask_threshold: float = PUBLISHED_THRESHOLD,
+    **options: Any,
+) -> Scored:
+    """Score every unit of a model by an importance method.
+
+    The scores are those that ``prune`` uses: if ``data`` has no evaluation part, a fifth of it is held out.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``.
+        data: Calibration samples as for ``prune``, or None for methods that need no data.
+        output: File of scores to write (``.npz``). Default: none is written.
+        settings: Importance method and its options.
+        progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
+        save_mask: File for the keep-map of the units that the programs keep, which the command ``checkpoint`` reads.
+        mask_threshold: Least keep variable of a unit in that map.
+        **options: Settings by name; they take precedence over ``settings``.
+
+    Returns:
+        The scores, with the file that was written if there is one.
+
+    Raises:
+        OamipError: Bad input, a missing package, or a mask of scores that are no keep variables. No file is written.
+    """
+    asked = settings_of(settings, options)
+    with shown(progress) as callback:
+        return pipeline.score(
+            model,
+            data,
+            output,
+            asked,
+            callback,
+            save_mask=save_mask,
+            mask_threshold=mask_threshold,
+        )
+
+
+@earlier_names(path="model", source="data")
+def frontier(
+    model: ModelSource,
+    data: Source,
+    settings: Settings | None = None,
+    levels: Sequence[float] = LEVELS,
+    eval_data: Source | None = None,
+    *,
+    progress: ShownProgress = None,
+    scores: File | None = None,
+    save_dir: File | None = None,
+    **options: Any,
+) -> Frontier:
+    """Prune a model to several shares of its MACs, widest first.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``.
+        data: Calibration samples, as for ``prune``.
+        settings: Options; other budgets in it hold at every level.
+        levels: Shares of the MACs to keep.
+        eval_data: Samples to measure on. Default: the held-out part of ``data``.
+        progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of the importance method.
+        save_dir: Folder for the models, named ``MODEL-macs0.5.onnx``; it is made if it does not exist. Default: none
+            is written.
+        **options: Settings by name; they take precedence over ``settings``.
+
+    Returns:
+        One point per level; a level that cannot be met has a reason in place of a result.
+
+    Raises:
+        OamipError: Bad input or a missing package.
+        BudgetNotMet: No level can be met.
+    """
+    asked = settings_of(settings, options)
+    with shown(progress) as callback:
+        return frontiers.frontier(
+            model,
+            data,
+            asked,
+            levels,
+            eval_data,
+            progress=callback,
+            scores=scores,
+            save_dir=save_dir,
         )
 
 

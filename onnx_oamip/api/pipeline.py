@@ -198,35 +198,35 @@ def _thin(context: Context) -> Result:
 def score(
     path: ModelSource,
     source: Source | None,
-    output: File,
+    output: File | None,
     settings: Settings,
     progress: Progress | None = None,
     *,
     save_mask: File | None = None,
     mask_threshold: float = keep_maps.PUBLISHED_THRESHOLD,
 ) -> Scored:
-    """Score every unit of a model by ``settings.importance`` and write the scores.
+    """Score every unit of a model by ``settings.importance`` and write the scores if a file is given.
 
     The scores are those that ``prune`` uses: if ``source`` has no evaluation part, a fifth of it is held out.
 
     Args:
         path: Model file, or a model in memory.
         source: Calibration samples, or None for methods that need no data.
-        output: File of scores to write (``.npz``).
+        output: File of scores to write (``.npz``), or None to write none.
         settings: Importance method and its options.
         progress: Called as ``progress(stage, done, total)``.
         save_mask: File for the keep-map of the units that the programs keep, which the command ``checkpoint`` reads.
         mask_threshold: Least keep variable of a unit in that map.
 
     Returns:
-        The scores, with the file that was written.
+        The scores, with the file that was written if there is one.
 
     Raises:
         OamipError: Bad input, a missing package, or a mask of scores that are no keep variables. No file is written.
     """
     clock = Clock(progress, PREPARATION[:-1])
     method = find(settings.importance)
-    target = check_output(path, output, (source,))
+    target = None if output is None else check_output(path, output, (source,))
     mask_file = None
     if save_mask is not None:
         keep_maps.check_mask(settings.importance, mask_threshold)
@@ -242,7 +242,8 @@ def score(
     content = score_files.score_file(model, coupling, found, asked)
     mask = None
     with clock("write"), Batch() as batch:
-        batch.add(target, content)
+        if target is not None:
+            batch.add(target, content)
         if mask_file is not None:
             keep = keep_maps.published_mask(coupling, found, mask_threshold)
             mapped = keep_maps.keep_map(model, coupling, keep)
@@ -264,7 +265,7 @@ def score(
         model,
         coupling,
         found,
-        str(target),
+        None if target is None else str(target),
         digest,
         clock.seconds,
         asked,

@@ -84,6 +84,12 @@ class _Content:
         values = dict(self.values)
         outputs = statements(values.pop(OUTPUTS, {}), self.where)
         tables = {n: values.pop(n) for n in (*STAGES, CHECK) if isinstance(values.get(n), Mapping)}
+        for name in (*STAGES, CHECK):
+            if name in values:
+                raise SettingsError(
+                    f"{self.where} sets {name} to {values[name]!r}; it is a table of settings, such as "
+                    "{'macs': 0.5}."
+                )
         own = {name: values.pop(self.spelling(name), None) for name in OWN}
         for name in ("model", "data", "folder"):
             if own[name] is None:

@@ -85,8 +85,8 @@ class Scored:
         model: Model that was scored.
         coupling: Units of the model.
         scores: Their scores.
-        output: File that was written.
-        sha256: Its digest.
+        output: File that was written, None for none.
+        sha256: Digest of its content.
         seconds: Duration of every stage.
         settings: Options of the run.
         notes: Remarks for a reader.
@@ -97,7 +97,7 @@ class Scored:
     model: Model
     coupling: Coupling
     scores: Scores
-    output: str
+    output: str | None
     sha256: str
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]

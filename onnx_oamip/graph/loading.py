@@ -120,6 +120,11 @@ def load(
     if isinstance(path, ModelProto):
         name = IN_MEMORY
         found = read_proto(path)
+    elif not isinstance(path, (str, os.PathLike)):
+        raise ModelError(
+            f"a model is the path of an .onnx file or an onnx.ModelProto, not {type(path).__name__}; for bytes, give "
+            "onnx.load_from_string(...)."
+        )
     else:
         name = str(Path(path))
         found = read(Path(path))

@@ -325,3 +325,25 @@ def test_feeds_are_the_samples_and_serve_the_quantiser(model: ModelProto, arrays
     first = found.get_next()
     assert first is not None
     assert np.array_equal(first["image"], arrays["image"][:20])
+
+
+def test_scores_and_frontier_take_models_and_settings_in_memory(
+    model: ModelProto, arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scored = onnx_oamip.score(model, arrays, importance="activation", cache="off")
+    assert scored.output is None
+    written = onnx_oamip.score(model, arrays, "s.npz", Settings(**{**OPTIONS, "macs": None}))
+    np.testing.assert_array_equal(scored.scores.values, written.scores.values)
+    assert scored.sha256
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz"]
+    options = {name: value for name, value in OPTIONS.items() if name != "macs"}
+    found = onnx_oamip.frontier(model, arrays, levels=[0.5], save_dir="out", **options)
+    assert [point.asked for point in found.points] == [0.5]
+    assert (tmp_path / "out" / "model-macs0.5.onnx").exists()
+
+
+@pytest.mark.parametrize("wrong", [b"", 3, None])
+def test_what_is_no_model_is_refused_in_one_sentence(wrong: Any) -> None:
+    with pytest.raises(ModelError, match=r"a model is the path of an \.onnx file or an onnx"):
+        onnx_oamip.inspect(wrong)

@@ -128,6 +128,7 @@ def test_run_makes_the_files_of_the_command_line(place: Path) -> None:
     [
         ({"model": onnx.ModelProto()}, "the pipeline gives a model in memory"),
         ({"folder": None}, "the pipeline names no folder"),
+        ({"prune": 0.5}, "the pipeline sets prune to 0.5; it is a table of settings"),
         ({"prune": {"max-drop": 1}}, "sets in .prune. 'max-drop', .* did you mean max_drop"),
         ({"check": {"seconds": -1}}, "the pipeline, .check.: `seconds`: -1 is not a number"),
         ({"int8": {"ranges": 1}}, "the pipeline, .int8.: `ranges`: 1 is not one of"),
