@@ -77,7 +77,7 @@ _OPTIONAL_OF_PROGRAM: Mapping[str, tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """Result of ``score``.
 
@@ -104,6 +104,10 @@ class Scored:
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=Objective)
     mask: Mask | None = None
+
+    def __repr__(self) -> str:
+        groups = len(self.coupling.groups)
+        return f"<Scored {self.model.path}: {self.coupling.n_units:,} units in {groups} groups by {self.scores.method}>"
 
 
 def save_scores(

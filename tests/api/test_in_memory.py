@@ -336,6 +336,7 @@ def test_scores_and_frontier_take_models_and_settings_in_memory(
     written = onnx_oamip.score(model, arrays, "s.npz", Settings(**{**OPTIONS, "macs": None}))
     np.testing.assert_array_equal(scored.scores.values, written.scores.values)
     assert scored.sha256
+    assert repr(scored) == "<Scored (model): 40 units in 2 groups by activation>"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz"]
     options = {name: value for name, value in OPTIONS.items() if name != "macs"}
     found = onnx_oamip.frontier(model, arrays, levels=[0.5], save_dir="out", **options)

@@ -127,14 +127,16 @@ def _curve(value: Document, made: Sequence[Document]) -> Section:
 
 def _points(value: Document) -> Section:
     points = value["points"]
-    qualities = {"accuracy": ">accuracy", "agreement": ">same class"}
-    if all(p["accuracy"] is None for p in points):
-        del qualities["accuracy"]
+    has_labels = any(p["accuracy"] is not None for p in points)
+    # Deciding columns come first: a telephone shows three of them.
+    first = {"accuracy": ">accuracy"} if has_labels else {"agreement": ">same class"}
+    last = {"agreement": ">same class"} if has_labels else {}
     rows = [
         [
             percent(p["asked"]),
-            *(percent(p[name], 2) for name in qualities),
+            *(percent(p[name], 2) for name in first),
             _time(p),
+            *(percent(p[name], 2) for name in last),
             number(p["output_relative_error"]),
             *(percent(p["shares"][kind.cost]) for kind in COUNTED),
         ]
@@ -142,8 +144,9 @@ def _points(value: Document) -> Section:
     ]
     columns = (
         ">asked",
-        *qualities.values(),
+        *first.values(),
         ">latency (95 %)",
+        *last.values(),
         ">output error",
         ">MACs",
         ">parameters",
