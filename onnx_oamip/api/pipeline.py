@@ -23,7 +23,7 @@ from onnx_oamip.artifacts.score_files import Scored
 from onnx_oamip.core.atomic_files import Batch
 from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.clock import Clock
-from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
+from onnx_oamip.core.errors import DataError, GateFailed, ModelError, SettingsError
 from onnx_oamip.core.progress import APPLY, PLAN, PREPARATION, PRUNE, Progress
 from onnx_oamip.core.records import (
     Budget,
@@ -44,6 +44,7 @@ from onnx_oamip.planning import (
     execution,
     iterative,
     recorded_answers,
+    rotation,
     score_draws,
     search,
 )
@@ -101,6 +102,8 @@ def prune(
         raise SettingsError(
             "a keep-map is about units, and `granularity=connection` removes none; leave it out."
         )
+    if keep_map is not None:  # it lists channels
+        settings = settings.model_copy(update={"rotate": "none"})
     result = pruned(
         path, source, settings, eval_data=eval_data, progress=progress, scores=scores, clock=clock
     )
@@ -382,10 +385,22 @@ def apply(
     """
     clock = Clock(progress, APPLY)
     targets = _targets(path, output, keep_map, page, (source, eval_data, plan_file))
+    if keep_map is not None:
+        _refuse_components(plan_file)
     result = applied(
         path, plan_file, source, changes, eval_data=eval_data, progress=progress, clock=clock
     )
     return write(result, targets, clock)
+
+
+def _refuse_components(plan_file: PlanSource) -> None:
+    """Raises SettingsError for a keep-map of a plan that keeps principal components, which no list of channels has."""
+    rotated = [entry.name for entry in plan_files.content(plan_file).groups if entry.rotated]
+    if rotated:
+        raise SettingsError(
+            f"a keep-map lists channels, and {plan_files.name(plan_file)} keeps principal components of the group "
+            f"'{rotated[0]}'; make the plan with `rotate=none`, or leave the keep-map out."
+        )
 
 
 def applied(
@@ -427,8 +442,15 @@ def applied(
     ready = preparing.open_for_plan(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
-    keep, notes = plan_files.match_units(found, *ready.in_file, name)
-    chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes=notes)
+    matched = plan_files.match_units(found, *ready.in_file, name)
+    chosen = plan_files.to_plan(found, matched, ready.coupling, ready.ledger)
+    if chosen.rotated:
+        if source is None:
+            raise DataError(
+                f"{name} keeps principal components, which are found by running the model; give `data`."
+            )
+        with clock("rotate"):
+            ready = rotation.rotate(ready)
     with clock("refit"):
         result = execution.carry_out(ready, chosen)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
@@ -489,6 +511,7 @@ def _finish(
     else:
         scores = None
     clock = ready.clock
+    ready = rotation.for_plan(ready, result.plan)
     result, found = _recovered(ready, result)
     with clock("verify"):
         try:

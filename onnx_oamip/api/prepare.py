@@ -51,6 +51,7 @@ from onnx_oamip.planning import (
     latency_tables,
     limits,
     plan_constraints,
+    rotation,
     scoring,
     width_losses,
 )
@@ -99,6 +100,9 @@ def prepare(
     context = open_context(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
+    if rotation.applies(settings, scored=scores is not None):
+        with context.clock("rotate"):
+            context = rotation.rotate(context)
     if scores is None:
         settings_of_losses = critical_units.without_repair(settings)
         found = scoring.score(replace(context, settings=settings_of_losses))

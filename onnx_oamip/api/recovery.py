@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
+import numpy as np
 import onnx
 
 from onnx_oamip.artifacts import plan_files, provenance
@@ -167,7 +168,8 @@ def _plan(
     if plan_file is None:
         return None, None
     coupling = couple(original)
-    keep, _ = plan_files.match_units(plan_files.load(plan_file), original, coupling, plan_file)
+    matched = plan_files.match_units(plan_files.load(plan_file), original, coupling, plan_file)
+    keep = matched.keep
     entry = provenance.read(pruned.proto)
     if entry is not None and entry.get("plan_sha256") != plan_files.digest(
         original, coupling, keep
@@ -176,7 +178,19 @@ def _plan(
             f"{pruned.path} was not pruned by {plan_file}, which keeps other units; give the plan that it was made by, "
             "or none."
         )
-    return coupling, keep
+    return _of_channels(coupling, matched.rotated), keep
+
+
+def _of_channels(coupling: Coupling, rotated: Collection[str]) -> Coupling:
+    """The coupling without the axes of rotated groups: their components are no channels of the original."""
+    components = [group.units for group in coupling.groups if group.name in rotated]
+    if not components:
+        return coupling
+    units = np.concatenate(components)
+    axes = {
+        axis: labels for axis, labels in coupling.axes.items() if not np.isin(labels, units).any()
+    }
+    return replace(coupling, axes=axes)
 
 
 def _verify(

@@ -256,6 +256,7 @@ def _group_entry(
         "units": len(group.units),
         "kept": len(kept),
         "loss": loss,
+        "rotated": group.name in plan.rotated,
         "axes": axes,
         "keep": kept.tolist(),
     }
@@ -344,10 +345,12 @@ class MatchedUnits(NamedTuple):
     Attributes:
         keep: Kept units (n_units,).
         notes: Remarks on the way in which groups were matched.
+        rotated: Names of the model's groups whose units are principal components.
     """
 
     keep: Bools
     notes: tuple[str, ...]
+    rotated: tuple[str, ...] = ()
 
 
 class _MatchedGroups(NamedTuple):
@@ -381,6 +384,7 @@ def match_units(
     matched = _match_groups(plan, model, coupling)
     notes = matched.notes
     named: set[str] = set()
+    rotated: list[str] = []
     for entry, group in matched.pairs:
         if entry.name in named:
             raise DataError(f"{path} names the group '{entry.name}' twice; {_REMEDY}.")
@@ -394,11 +398,13 @@ def match_units(
         kept = np.zeros(entry.units, bool)
         kept[list(entry.keep)] = True
         keep[_numbered_units(model, coupling, group)] = kept
+        if entry.rotated:
+            rotated.append(group.name)
     unnamed = [group.name for group in coupling.groups if group.name not in named]
     if unnamed and len(matched.pairs) != len(coupling.groups):
         listed = ", ".join(unnamed[:MAX_LISTED_GROUPS])
         notes.append(f"the plan does not name {len(unnamed)} groups, which stay whole: {listed}")
-    return MatchedUnits(keep, tuple(notes))
+    return MatchedUnits(keep, tuple(notes), tuple(rotated))
 
 
 def _match_groups(
@@ -447,33 +453,31 @@ def _listed(names: Sequence[str]) -> str:
 
 def to_plan(
     stored: PlanFile,
-    keep: Bools,
+    matched: MatchedUnits,
     coupling: Coupling,
     ledger: Ledger,
-    *,
-    notes: Sequence[str],
 ) -> Plan:
     """Convert a plan file to the record that later stages read.
 
     Args:
         stored: The plan file.
-        keep: Kept units (n_units,).
+        matched: Kept units of the model.
         coupling: Units of the model.
         ledger: Costs of the model.
-        notes: Further remarks.
 
     Returns:
         The plan, with the cost of the kept units counted again.
     """
-    groups = coupling.unit_group[keep]
+    groups = coupling.unit_group[matched.keep]
     widths = np.bincount(groups, minlength=len(coupling.groups)).astype(np.int64)
     return Plan(
-        keep,
+        matched.keep,
         widths,
         stored.allocation,
         ledger.cost(widths),
         tuple({"seconds": None, **program} for program in stored.programs),
-        (*stored.notes, *notes),
+        (*stored.notes, *matched.notes),
+        matched.rotated,
     )
 
 

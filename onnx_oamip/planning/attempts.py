@@ -21,6 +21,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.planning import (
     allocation,
     calibration_loss,
+    rotation,
     width_losses,
 )
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
@@ -214,7 +215,7 @@ def _allocate(
     limit: allocation.Limits,
     extra: tuple[LinearisedLimit, ...],
 ) -> Plan:
-    return allocation.allocate(
+    found = allocation.allocate(
         ready.coupling,
         ready.ledger,
         ready.scores,
@@ -225,6 +226,7 @@ def _allocate(
         extra=extra,
         floor=ready.constraints.floor,
     )
+    return rotation.marked(ready, found)
 
 
 def _used(

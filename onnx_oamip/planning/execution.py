@@ -28,6 +28,7 @@ from onnx_oamip.importance import find
 from onnx_oamip.objective.position_weights import has_rare_decisions, weighting
 from onnx_oamip.planning import (
     calibration_loss,
+    rotation,
 )
 from onnx_oamip.repair import least_squares, mean_folding, refit_scope, removed_constants
 from onnx_oamip.statistics.collector import collect, parts
@@ -59,6 +60,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     Returns:
         The cut and refitted model with its costs.
     """
+    ready = rotation.for_plan(ready, chosen)
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
     pruned = Pruned(raw, raw)
     refits = {} if chosen.keep.all() else _compared_refits(ready, chosen, raw)

@@ -42,6 +42,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.records.objective import document as terms
 from onnx_oamip.core.versions import versions
+from onnx_oamip.graph import linear_streams
 from onnx_oamip.graph.cost import full_widths, ledger, uncounted
 from onnx_oamip.graph.ops import REGISTRY
 from onnx_oamip.planning import score_draws
@@ -82,6 +83,7 @@ def document(report: Report) -> Document:
                 "units": len(group.units),
                 "kept": int(width),
                 "level": int(width) / len(group.units),
+                "rotated": group.name in report.plan.rotated,
                 "score": _summary(values[group.units]),
             }
             for group, width in zip(report.coupling.groups, kept, strict=True)
@@ -215,6 +217,7 @@ def planning(found: Planned) -> Document:
                 "units": units,
                 "kept": width,
                 "level": width / units,
+                "rotated": group.name in found.plan.rotated,
                 "score": score,
             }
         )
@@ -257,6 +260,7 @@ def inspection(
     Returns:
         A dict of plain values.
     """
+    _, reasons = linear_streams.find(model, coupling)
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(model),
@@ -275,6 +279,7 @@ def inspection(
                     for (tensor, axis), held in group.multiplicity.items()
                 ],
                 "consumers": consumers,
+                "fixed_basis": reasons.get(group.name),
             }
             for group, consumers in zip(coupling.groups, _consumers(coupling), strict=True)
         ],

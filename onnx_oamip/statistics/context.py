@@ -25,9 +25,25 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import comparison_size, parallel_runs, run_size
 from onnx_oamip.graph import cost
+from onnx_oamip.graph.linear_streams import Basis, Stream
 from onnx_oamip.objective.metric import Metric
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Streams of a model that are expressed in another basis.
+
+    Attributes:
+        original: The model in the basis of its file.
+        bases: The streams, each with its basis.
+        distance: Largest difference of an output from the original's, as a share of its scale.
+    """
+
+    original: Model
+    bases: tuple[tuple[Stream, Basis], ...]
+    distance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +67,7 @@ class Context:
         progress: Callback ``(stage, done, total)``, None for silence.
         clock: Seconds by stage.
         whole: The model of the file, where branches that all samples take stand in ``model``; else None.
+        rotation: The streams of ``model`` in another basis than in the file, or None.
         collected: Statistics that this run collected already (see ``collector.collect``).
     """
 
@@ -68,6 +85,7 @@ class Context:
     progress: Progress | None = None
     clock: Clock = field(default_factory=Clock)
     whole: Whole | None = None
+    rotation: Rotation | None = None
     collected: Collected = field(default_factory=lambda: Collected())
 
     @cached_property

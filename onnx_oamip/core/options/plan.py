@@ -34,6 +34,12 @@ class AllocationOptions(Options):
         "network with branches. The plan that loses less is kept. With normal, a large network is measured on fewer "
         "samples.",
     )
+    rotate: Literal["auto", "none"] = Field(
+        "auto",
+        description="Choose principal components in place of channels where a group is between linear layers only, "
+        "as the residual streams of inverted bottlenecks and the heads of attentions: with the default `importance`, "
+        "`allocate` and `refit`, in one round.",
+    )
 
 
 class RepairOptions(Options):

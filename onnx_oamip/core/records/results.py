@@ -75,7 +75,10 @@ class Cost:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Units to keep (n_units,), the width of every group, the predicted cost, and the programs behind them."""
+    """Units to keep (n_units,), the width of every group, the predicted cost, and the programs behind them.
+
+    ``rotated``: names of the groups whose units are principal components in place of channels.
+    """
 
     keep: Bools
     widths: Ints
@@ -83,6 +86,7 @@ class Plan:
     predicted: Cost
     programs: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    rotated: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         kept = int(np.count_nonzero(self.keep))

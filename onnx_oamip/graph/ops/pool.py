@@ -115,13 +115,19 @@ def _reduce_encode(node: Node, terms: Terms) -> None:
 _channelwise = rule("n c * -> n c *")
 SPECS = (
     OpSpec("MaxPool", _channelwise, encode=_max_encode, traits=Trait.PIECEWISE),
-    OpSpec("AveragePool", _channelwise, encode=_average_encode),
+    OpSpec("AveragePool", _channelwise, encode=_average_encode, traits=Trait.AVERAGES),
     OpSpec("LpPool", _channelwise),
-    OpSpec("GlobalAveragePool", _channelwise, encode=_global_average_encode),
+    OpSpec("GlobalAveragePool", _channelwise, encode=_global_average_encode, traits=Trait.AVERAGES),
     OpSpec("GlobalMaxPool", _channelwise, encode=_global_max_encode, traits=Trait.PIECEWISE),
     OpSpec("GlobalLpPool", _channelwise),
-    OpSpec("ReduceMean", _reduce, edit=EditRules(_mean_repair), encode=_reduce_encode),
-    OpSpec("ReduceSum", _reduce, encode=_reduce_encode),
+    OpSpec(
+        "ReduceMean",
+        _reduce,
+        edit=EditRules(_mean_repair),
+        encode=_reduce_encode,
+        traits=Trait.AVERAGES,
+    ),
+    OpSpec("ReduceSum", _reduce, encode=_reduce_encode, traits=Trait.AVERAGES),
     *(
         OpSpec(f"Reduce{name}", _reduce)
         for name in ("Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")

@@ -1,0 +1,237 @@
+"""Rotation: linear streams are expressed in principal components before their units are chosen.
+
+A unit of a rotated group is a component in place of a channel. Between linear nodes this changes nothing but the basis
+(:mod:`onnx_oamip.graph.linear_streams`), and fewer components than channels hold the same share of what readers
+compute. With S the covariance of the channels and ``M`` the sum of ``W^T W`` over the readers, each divided by the
+variance of its outputs, the components are ``T = V^T M^1/2`` with the eigenvectors V of ``M^1/2 S M^1/2``: of all
+choices of k components, the first k lose least of the readers' outputs. Queries and keys are balanced in the same way,
+with the second moments of the keys as M: both then have the same diagonal moments.
+
+Only groups that a plan narrows are rotated in the model that is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnx_oamip.artifacts import cache
+from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.records import Array, Axis, Floats, Model, Plan
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import linear_streams
+from onnx_oamip.graph.linear_layers import matrix
+from onnx_oamip.graph.linear_streams import Basis, Side, Stream
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.statistics import stream_moments
+from onnx_oamip.statistics.collector import parts
+from onnx_oamip.statistics.context import Collected, Context, Rotation
+from onnx_oamip.statistics.stream_moments import StreamMoments
+from onnx_oamip.verification import equivalence
+
+DAMPING = 0.01
+"""Added to the metric of a basis, as a share of its mean eigenvalue: it bounds the condition of the basis."""
+CHECKED = 8
+"""Samples on which the rotated model is compared with the original."""
+
+
+def applies(settings: Settings, *, scored: bool) -> bool:
+    """Check whether a run may rotate streams.
+
+    Other importance methods are published for channels, and a keep-map or a file of scores names channels.
+
+    Args:
+        settings: Settings of the run.
+        scored: True if scores are read from a file.
+
+    Returns:
+        True for the default importance, allocation and refit in one round.
+    """
+    return (
+        settings.rotate == "auto"
+        and not scored
+        and settings.importance == "obs"
+        and settings.allocate == "mip"
+        and settings.refit == "least-squares"
+        and settings.granularity == "unit"
+        and settings.iterations == 1
+    )
+
+
+def rotate(context: Context) -> Context:
+    """Express all linear streams in principal components.
+
+    Args:
+        context: The model and its samples.
+
+    Returns:
+        A context whose model computes the same; the same one where there is no linear stream.
+    """
+    model = context.model
+    streams, _ = linear_streams.find(model, context.coupling)
+    if not streams or context.whole is not None:
+        return context
+    moments = _moments(context, streams)
+    bases = tuple((stream, _basis(model, stream, moments)) for stream in streams)
+    usable = tuple((stream, basis) for stream, basis in bases if _is_finite(basis))
+    if not usable:
+        return context
+    turned = linear_streams.rotated(model, usable)
+    distance = _distance(context, model, turned)
+    if not distance <= equivalence.tolerance(model):
+        note = f"no group is rotated: the model in principal components differs by {distance:.2e} of an output's scale"
+        return replace(context, model=replace(model, notes=(*model.notes, note)))
+    return replace(
+        context,
+        model=turned,
+        rotation=Rotation(model, usable, distance),
+        cache_identity=_identity(context, turned),
+        collected=Collected(),
+    )
+
+
+def marked(context: Context, plan: Plan) -> Plan:
+    """Name the groups of a plan that are rotated: those in principal components that it narrows.
+
+    Args:
+        context: Context that the plan was made in.
+        plan: The plan.
+
+    Returns:
+        The plan with the names.
+    """
+    if context.rotation is None:
+        return plan
+    narrowed = tuple(
+        context.coupling.groups[stream.group].name
+        for stream, _ in context.rotation.bases
+        if plan.widths[stream.group] < stream.width
+    )
+    if not narrowed:
+        return plan
+    note = (
+        f"{len(narrowed)} groups between linear layers keep principal components in place of channels; before pruning, "
+        f"that changes outputs by {context.rotation.distance:.1e} of their scale"
+    )
+    return replace(plan, rotated=narrowed, notes=(*plan.notes, note))
+
+
+def for_plan(context: Context, plan: Plan) -> Context:
+    """Rotate only the groups that a plan names.
+
+    Args:
+        context: A context whose model may have more groups in principal components.
+        plan: The plan.
+
+    Returns:
+        The context in which the plan is carried out and verified.
+
+    Raises:
+        DataError: The plan names a group that is no linear stream.
+    """
+    rotation = context.rotation
+    bases = () if rotation is None else rotation.bases
+    groups = context.coupling.groups
+    chosen = tuple(pair for pair in bases if groups[pair[0].group].name in plan.rotated)
+    strangers = set(plan.rotated) - {groups[stream.group].name for stream, _ in chosen}
+    if strangers:
+        raise DataError(
+            f"the plan keeps principal components of the group '{min(strangers)}', which is no linear stream of "
+            f"{context.model.path} on this data; make the plan again."
+        )
+    if rotation is None or len(chosen) == len(bases):
+        return context
+    if not chosen:
+        model = rotation.original
+    else:
+        model = linear_streams.rotated(rotation.original, chosen)
+    return replace(
+        context,
+        model=model,
+        rotation=replace(rotation, bases=chosen),
+        cache_identity=_identity(context, model),
+        collected=Collected(),
+    )
+
+
+def _identity(context: Context, model: Model) -> Mapping[str, object]:
+    """Identity of cached results that belong to a rotated model."""
+    return {**context.cache_identity, "rotated": cache.content_digest(model.proto)}
+
+
+def _moments(context: Context, streams: Sequence[Stream]) -> dict[Axis, StreamMoments]:
+    """Moments of the channels that readers of streams take, and of both sides of pairs."""
+    axes: list[Axis] = []
+    for stream in streams:
+        if stream.opposite is None:
+            axes += _read_axes(context.model, stream.side)
+        else:
+            axes += [stream.side.last, stream.opposite.last]
+    feeds: list[Mapping[str, Array]] = [
+        feed for _, feed in parts(context.samples)[0].batches(context.batch)
+    ]
+    return stream_moments.collect(context.model, axes, feeds, context.device)
+
+
+def _read_axes(model: Model, side: Side) -> list[Axis]:
+    """Axis that every reader of a side contracts, in their order."""
+    return [(place.data, place.data_axis % len(model.shapes[place.data])) for place in side.readers]
+
+
+def _basis(model: Model, stream: Stream, moments: Mapping[Axis, StreamMoments]) -> Basis:
+    """Principal components of every block of a stream."""
+    if stream.opposite is not None:
+        inner = _diagonal_blocks(moments[stream.side.last].second, stream.blocks)
+        outer = _diagonal_blocks(moments[stream.opposite.last].second, stream.blocks)
+        return _components(inner, outer)
+    inner = np.zeros((stream.blocks, stream.width, stream.width))
+    outer = np.zeros_like(inner)
+    for place, axis in zip(stream.side.readers, _read_axes(model, stream.side), strict=True):
+        covariance = moments[axis].covariance
+        weight = matrix(place, model.constants[place.weight])[0]
+        by_input = weight.transpose(0, 2, 1).reshape(-1, weight.shape[1])
+        gram = by_input.T @ by_input
+        variance = float(np.sum(gram * covariance))
+        if variance > 0:
+            outer += _diagonal_blocks(gram, stream.blocks) / variance
+            inner += _diagonal_blocks(covariance, stream.blocks) / np.trace(covariance)
+    return _components(inner, outer)
+
+
+def _diagonal_blocks(whole: Floats, blocks: int) -> Floats:
+    """Blocks (blocks, width, width) along the diagonal of a matrix."""
+    width = len(whole) // blocks
+    split = whole.reshape(blocks, width, blocks, width)
+    return np.stack([split[block, :, block] for block in range(blocks)])
+
+
+def _components(inner: Floats, outer: Floats) -> Basis:
+    """Components of vectors with second moments ``inner`` in the metric ``outer``, the largest first (blocks, n, n)."""
+    if not (np.isfinite(inner).all() and np.isfinite(outer).all()):
+        return Basis(np.full_like(inner, np.nan), np.full_like(inner, np.nan))
+    size = inner.shape[-1]
+    scale = np.trace(outer, axis1=1, axis2=2)[:, None, None] / size
+    metric = outer / np.where(scale > 0, scale, 1) + DAMPING * np.eye(size)
+    values, vectors = np.linalg.eigh(metric)
+    roots = np.sqrt(values)[:, None, :]
+    root = (vectors * roots) @ vectors.transpose(0, 2, 1)
+    inverse_root = (vectors / roots) @ vectors.transpose(0, 2, 1)
+    _, components = np.linalg.eigh(root @ inner @ root)
+    largest_first = components[:, :, ::-1]
+    return Basis(largest_first.transpose(0, 2, 1) @ root, inverse_root @ largest_first)
+
+
+def _is_finite(basis: Basis) -> bool:
+    return bool(np.isfinite(basis.forward).all() and np.isfinite(basis.inverse).all())
+
+
+def _distance(context: Context, original: Model, turned: Model) -> float:
+    """Largest difference of an output of two models, as a share of its scale."""
+    few = context.samples.take(np.arange(min(CHECKED, context.samples.count)))
+    first, second = (
+        Session(model.proto, "cpu", what=model.path, exact=True) for model in (original, turned)
+    )
+    found = equivalence.differences(first, second, few, context.comparison_batch)
+    return float(found.max(initial=0.0))
