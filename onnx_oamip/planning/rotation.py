@@ -19,8 +19,9 @@ import numpy as np
 
 from onnx_oamip.artifacts import cache
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.core.records import Array, Axis, Floats, Model, Plan
+from onnx_oamip.core.records import Axis, Floats, Model, Plan
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.feeds import all_feeds
 from onnx_oamip.graph import linear_streams
 from onnx_oamip.graph.linear_layers import matrix
 from onnx_oamip.graph.linear_streams import Basis, Side, Stream
@@ -33,6 +34,8 @@ from onnx_oamip.verification import equivalence
 
 DAMPING = 0.01
 """Added to the metric of a basis, as a share of its mean eigenvalue: it bounds the condition of the basis."""
+MOST_CHANNELS = 2048
+"""Channels of a block above which its components are not computed, which takes cubic time."""
 CHECKED = 8
 """Samples on which the rotated model is compared with the original."""
 
@@ -70,7 +73,8 @@ def rotate(context: Context) -> Context:
         A context whose model computes the same; the same one where there is no linear stream.
     """
     model = context.model
-    streams, _ = linear_streams.find(model, context.coupling)
+    found, _ = linear_streams.find(model, context.coupling)
+    streams = tuple(stream for stream in found if stream.width <= MOST_CHANNELS)
     if not streams or context.whole is not None:
         return context
     moments = _moments(context, streams)
@@ -169,10 +173,13 @@ def _moments(context: Context, streams: Sequence[Stream]) -> dict[Axis, StreamMo
             axes += _read_axes(context.model, stream.side)
         else:
             axes += [stream.side.last, stream.opposite.last]
-    feeds: list[Mapping[str, Array]] = [
-        feed for _, feed in parts(context.samples)[0].batches(context.batch)
-    ]
-    return stream_moments.collect(context.model, axes, feeds, context.device)
+    samples = parts(context.samples)[0]
+    feeds = all_feeds(
+        context.model, samples, context.batch, context.settings.activation_memory_limit
+    )
+    return stream_moments.collect(
+        context.model, axes, feeds, context.device, seed=context.settings.seed
+    )
 
 
 def _read_axes(model: Model, side: Side) -> list[Axis]:

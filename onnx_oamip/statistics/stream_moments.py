@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_oamip.core.records import Array, Axis, Floats, Model
+from onnx_oamip.graph.im2col import pick
 from onnx_oamip.graph.partial_execution import element_types, stream
+
+ROWS_PER_CHANNEL = 16
+LEAST_ROWS = 65536
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,19 @@ class StreamMoments:
 def collect(
     model: Model,
     axes: Sequence[Axis],
-    feeds: Iterable[Mapping[str, Array]],
+    feeds: Sequence[Mapping[str, Array]],
     device: str,
+    *,
+    seed: int = 0,
 ) -> dict[Axis, StreamMoments]:
-    """Collect means and mean products of the channels along some axes, over all positions of all feeds.
+    """Collect means and mean products of the channels along some axes, over sampled positions of all feeds.
 
     Args:
         model: The model.
         axes: Tensors, each with the axis of its channels.
         feeds: Calibration samples.
         device: Device that the model runs on.
+        seed: Seed of the choice of positions.
 
     Returns:
         Moments by axis; not finite where the channels are not.
@@ -52,10 +59,13 @@ def collect(
     sums: dict[Axis, tuple[int, Floats, Floats]] = {}
     names = [tensor for tensor, _ in targets]
     types = element_types(model.proto, model.dtypes)
+    rng = np.random.default_rng(seed)
     for _, place, value in stream(model.proto, feeds, names, types, device):
         axis = targets[place]
-        channels = np.moveaxis(value, axis[1], 0).reshape(value.shape[axis[1]], -1)
-        channels = channels.astype(np.float64)
+        width = value.shape[axis[1]]
+        channels = np.moveaxis(value, axis[1], 0).reshape(width, -1)
+        wanted = max(LEAST_ROWS, ROWS_PER_CHANNEL * width) // len(feeds) + 1
+        channels = channels[:, pick(channels.shape[1], wanted, rng)].astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
             total, products = channels.sum(axis=1), channels @ channels.T
         rows, before, products_before = sums.get(axis, (0, np.zeros(()), np.zeros(())))

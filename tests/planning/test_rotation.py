@@ -13,13 +13,18 @@ import pytest
 from graphs import ATTENTION, build, constants, distance, load
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, recovery
 from onnx_oamip.api.prepare import prepare
 from onnx_oamip.core.errors import DataError, SettingsError
-from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.core.records import Array, Floats, Objective
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.planning import rotation, search
+from onnx_oamip.recovery.features import features
+from onnx_oamip.reporting import documents
 
 STREAM = """(float[N,6,2,2] x) => (float[N,6] y)
 <float[12,6,1,1] w0, float[12] b0, float[9,12,1,1] we, float[12,9,1,1] wp, float[8,12,1,1] wh, float[8,6] wy> {
@@ -198,3 +203,23 @@ def test_attention_is_balanced_within_its_heads(tmp_path: Path) -> None:
     assert distance(*both) < 1e-5
     result = pipeline.pruned(Path(model.path), data, settings)
     assert result.report.verification.masked_equivalence < 1e-5
+
+
+def test_recovery_compares_no_channels_with_components(tmp_path: Path) -> None:
+    model = load(_low_rank(), tmp_path)
+    coupling = couple(model)
+    keep = np.ones(coupling.n_units, bool)
+    group = next(group for group in coupling.groups if group.name == "w0")
+    keep[group.units[8:]] = False
+    pruned = models.remade(model, rewrite.cut(model, coupling, keep))
+    assert "s" in {f.tensor for f in features(model, pruned, coupling, keep)}
+    without = recovery._of_channels(coupling, ("w0",))
+    assert "s" not in {f.tensor for f in features(model, pruned, without, keep)}
+
+
+def test_inspection_states_what_fixes_the_channels(tmp_path: Path) -> None:
+    model = load(_low_rank(), tmp_path)
+    groups = documents.inspection(model, couple(model), Objective())["groups"]
+    reasons = {group["name"]: group["fixed_basis"] for group in groups}
+    assert reasons["w0"] is None
+    assert "Relu" in reasons["we"]
