@@ -73,11 +73,18 @@ def _changed_nodes(cut: Cut) -> set[str]:
 def _notes_on_unfitted(node: Node, model: Model) -> list[str]:
     """Reason why a node without matrix form is not refitted, if one could expect that it is."""
     has_constant = any(name in model.constants for name in node.inputs[:2])
-    if _has_cost(node) and has_constant:
-        return [f"{node}: its weight has no plain matrix form, so it is not refitted"]
-    if quantised(node, model):
+    multiplies = _has_cost(node) and has_constant
+    if quantised(node, model) or (multiplies and _multiplies_codes(node, model)):
         return [f"{node}: its weight is quantised, so it is not refitted"]
+    if multiplies:
+        return [f"{node}: its weight has no plain matrix form, so it is not refitted"]
     return []
+
+
+def _multiplies_codes(node: Node, model: Model) -> bool:
+    """Tests for a product with a constant matrix of integers."""
+    held = (model.constants.get(name) for name in node.inputs)
+    return any(value is not None and value.ndim > 1 and value.dtype.kind in "iu" for value in held)
 
 
 def _has_cost(node: Node) -> bool:

@@ -168,7 +168,8 @@ MOMENTS: Request[Mapping[Axis, Moments]] = Request("moments", _moments)
 CLASS_SAMPLES: Request[Images | None] = Request("class samples", _class_samples)
 """A few correctly classified samples of every class with all activations; None for a model that is no classifier."""
 COVARIANCE: Request[Mapping[str, Gram]] = Request("covariance", _covariance)
-"""Covariance of the input of every linear node, by node. Kept in the cache."""
+"""Covariance of the input of every linear node, by node; nodes that share a weight have the same one. Kept in the
+cache."""
 RELEVANCE: Request[Mapping[str, Floats]] = Request("relevance", _relevance)
 """Loss of the objective per squared error of every linear consumer's output channels, by node. Empty for an objective
 of one term: all consumers then weigh alike. Kept in the cache."""
