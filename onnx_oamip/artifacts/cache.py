@@ -97,21 +97,68 @@ class Store:
         Returns:
             The stored result if there is a valid one, else the computed one.
         """
-        if self.folder is None:
-            return make()
-        path = self.folder / f"{kind.name}-{fingerprint(depends)}.npz"
-        value = _load(kind, path, is_valid)
+        value = self.find(kind, depends, is_valid)
         if value is not None:
+            return value
+        value = make()
+        if is_stored(value):
+            self.keep(kind, depends, value)
+        return value
+
+    def find(
+        self,
+        kind: Kind[T],
+        depends: Mapping[str, Any],
+        is_valid: Callable[[T], bool] = lambda _: True,
+    ) -> T | None:
+        """Return an entry.
+
+        Args:
+            kind: Kind of entry.
+            depends: As for :meth:`recall`.
+            is_valid: As for :meth:`recall`.
+
+        Returns:
+            The stored result; None if there is no valid one.
+        """
+        path = self._path(kind, depends)
+        value = None if path is None else _load(kind, path, is_valid)
+        if path is not None and value is not None:
             # Mark the entry as recently used.
             with contextlib.suppress(OSError):
                 os.utime(path)
-            self.hits.append(kind.name)
-            return value
-        value = make()
-        packed = kind.pack(value) if is_stored(value) else None
-        if packed is not None:
-            self._write(path, packed)
+            self.hits.append(kind.name.replace("-", " "))
         return value
+
+    def keep(self, kind: Kind[T], depends: Mapping[str, Any], value: T) -> None:
+        """Store an entry in place of an earlier one.
+
+        Args:
+            kind: Kind of entry.
+            depends: As for :meth:`recall`.
+            value: The result.
+        """
+        path = self._path(kind, depends)
+        packed = None if path is None else kind.pack(value)
+        if path is not None and packed is not None:
+            self._write(path, packed)
+
+    def remove(self, kind: Kind[T], depends: Mapping[str, Any]) -> None:
+        """Delete an entry, if there is one.
+
+        Args:
+            kind: Kind of entry.
+            depends: As for :meth:`recall`.
+        """
+        path = self._path(kind, depends)
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _path(self, kind: Kind[T], depends: Mapping[str, Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"{kind.name}-{fingerprint(depends)}.npz"
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
         if sum(array.nbytes for array in arrays.values()) > MAX_ENTRY_BYTES:

@@ -130,6 +130,16 @@ def _unpack_losses(arrays: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
     return tuple(Sensitivity(arrays[f"widths{i}"], arrays[f"loss{i}"]) for i in groups)
 
 
+def _pack_some_losses(losses: Mapping[int, Sensitivity]) -> dict[str, Array]:
+    packed = _pack_losses(tuple(losses.values()))
+    return {**packed, "numbers": np.asarray(list(losses), np.int64)}
+
+
+def _unpack_some_losses(arrays: Mapping[str, Array]) -> Mapping[int, Sensitivity]:
+    numbers = arrays["numbers"].tolist()
+    return dict(zip(numbers, _unpack_losses(arrays), strict=True))
+
+
 def _pack_refit(pruned: Pruned) -> dict[str, Array] | None:
     """All but ``raw``, which is quick to compute. None if weights are in files that belong to this process."""
     if references(pruned.proto):
@@ -192,6 +202,10 @@ SCORES: Kind[Scores] = Kind("scores", _pack_scores, _unpack_scores)
 """Importance scores."""
 LOSSES: Kind[tuple[Sensitivity, ...]] = Kind("losses", _pack_losses, _unpack_losses)
 """Losses by width, one entry per group."""
+SOME_LOSSES: Kind[Mapping[int, Sensitivity]] = Kind(
+    "some-losses", _pack_some_losses, _unpack_some_losses
+)
+"""Losses of the groups that an unfinished run has measured, by the number of the group."""
 REFITS: Kind[Pruned] = Kind("refit", _pack_refit, _unpack_refit)
 """Refitted models."""
 OUTPUTS: Kind[list[list[Array]]] = Kind("outputs", _pack_outputs, _unpack_outputs)

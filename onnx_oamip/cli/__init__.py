@@ -5,12 +5,13 @@ Heavy packages are imported inside the commands, so that help and usage errors a
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -36,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    with reserve_stdout() if arguments is None else nullcontext():
+    if arguments is not None:
         return _run(arguments)
+    with reserve_stdout():
+        status = _run(arguments)
+    gc.freeze()  # the end of a process would search all objects of all libraries for cycles
+    return status
 
 
 def _run(arguments: Sequence[str] | None) -> int:

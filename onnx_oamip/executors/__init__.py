@@ -7,10 +7,10 @@ of the items.
 
 from __future__ import annotations
 
-from onnx_oamip.executors.spec import Executor
+from onnx_oamip.executors.spec import Executor, Receiver
 from onnx_oamip.executors.threads import Threads
 
-__all__ = ["Executor", "Threads", "check", "executor"]
+__all__ = ["Executor", "Receiver", "Threads", "check", "executor"]
 
 
 def executor(

@@ -31,6 +31,7 @@ from onnx_oamip.executors.parcel import Parcel, pack
 from onnx_oamip.executors.spec import (
     I,
     PieceProgress,
+    Receiver,
     S,
     T,
 )
@@ -89,6 +90,7 @@ class Cluster:
         shared: S,
         items: Sequence[I],
         progress: PieceProgress | None = None,
+        receive: Receiver[T] | None = None,
     ) -> list[T]:
         """Run ``task(shared, item)`` for every item. Exceptions of a task are raised here.
 
@@ -97,6 +99,7 @@ class Cluster:
             shared: Value that all pieces read.
             items: One small value per piece.
             progress: Called whenever a piece is finished.
+            receive: Receives every result as soon as it is there.
 
         Returns:
             Results in the order of the items.
@@ -109,7 +112,7 @@ class Cluster:
         with self._client() as client:
             run = _Run(self, client, task, parcel, items)
             try:
-                return run.results(progress)
+                return run.results(progress, receive)
             finally:
                 # A scheduler that has stopped has nothing to cancel.
                 with contextlib.suppress(Exception):
@@ -227,7 +230,7 @@ class _Run:
         self.send_failures = 0
         self.workers_seen = time.monotonic()
 
-    def results(self, progress: PieceProgress | None) -> list[Any]:
+    def results(self, progress: PieceProgress | None, receive: Receiver[Any] | None) -> list[Any]:
         """Run all pieces; returns the results in order."""
         from distributed import wait
 
@@ -240,7 +243,12 @@ class _Run:
             else:
                 time.sleep(POLL_SECONDS / 10)
             for future in [f for f in self.running if f.done()]:
-                if self._take(future) and progress:
+                index = self.running[future]
+                if not self._take(future):
+                    continue
+                if receive:
+                    receive(index, self.finished[index])
+                if progress:
                     progress(len(self.finished), len(self.items))
         return [self.finished[i] for i in range(len(self.items))]
 

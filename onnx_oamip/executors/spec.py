@@ -10,6 +10,8 @@ I = TypeVar("I")  # noqa: E741
 T = TypeVar("T")
 PieceProgress = Callable[[int, int], None]
 """Called with the number of finished pieces and their total, from any thread."""
+Receiver = Callable[[int, T], None]
+"""Called with the index of a finished piece and its result, from any thread, one call at a time."""
 
 
 class Executor(Protocol):
@@ -21,6 +23,7 @@ class Executor(Protocol):
         shared: S,
         items: Sequence[I],
         progress: PieceProgress | None = None,
+        receive: Receiver[T] | None = None,
     ) -> list[T]:
         """Run ``task(shared, item)`` for every item. Exceptions of a task are raised here.
 
@@ -29,6 +32,7 @@ class Executor(Protocol):
             shared: Value that all pieces read.
             items: One small value per piece.
             progress: Called whenever a piece is finished.
+            receive: Receives every result as soon as it is there.
 
         Returns:
             Results in the order of the items.

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from onnx_oamip.executors.spec import (
     I,
     PieceProgress,
+    Receiver,
     S,
     T,
 )
@@ -35,6 +36,7 @@ class Threads:
         shared: S,
         items: Sequence[I],
         progress: PieceProgress | None = None,
+        receive: Receiver[T] | None = None,
     ) -> list[T]:
         """Run ``task(shared, item)`` for every item. Exceptions of a task are raised here.
 
@@ -43,6 +45,7 @@ class Threads:
             shared: Value that all pieces read.
             items: One value per piece.
             progress: Called whenever a piece is finished.
+            receive: Receives every result as soon as it is there.
 
         Returns:
             Results in the order of the items.
@@ -50,11 +53,13 @@ class Threads:
         lock = threading.Lock()
         done = 0
 
-        def run(item: I) -> T:
+        def run(index: int, item: I) -> T:
             nonlocal done
             result = task(shared, item)
             with lock:
                 done += 1
+                if receive:
+                    receive(index, result)
                 if progress:
                     progress(done, len(items))
             return result
@@ -67,4 +72,4 @@ class Threads:
             initargs=(op_libraries.in_use(),),
         )
         with threadpool_limits(1), pool:
-            return list(pool.map(run, items))
+            return list(pool.map(run, range(len(items)), items))

@@ -32,7 +32,7 @@ from onnx_oamip.core.records import (
     Objective,
     Sensitivity,
 )
-from onnx_oamip.executors import executor
+from onnx_oamip.executors import Receiver, executor
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.outputs import with_outputs
@@ -77,6 +77,25 @@ def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
         True if each group has finite losses at rising widths, the last of which is its full width.
     """
     return len(found) == len(wide) and all(
+        _fits(s, full) for s, full in zip(found, wide.tolist(), strict=True)
+    )
+
+
+def some_fit(found: Mapping[int, Sensitivity], wide: Ints) -> bool:
+    """Validate a cache entry: the losses of some groups at several widths.
+
+    Args:
+        found: Losses as read, by the number of the group.
+        wide: Units of every group (groups,).
+
+    Returns:
+        As for :func:`fits`.
+    """
+    return all(0 <= g < len(wide) and _fits(s, int(wide[g])) for g, s in found.items())
+
+
+def _fits(s: Sensitivity, full: int) -> bool:
+    return bool(
         s.widths.dtype == np.int64
         and s.loss.dtype == np.float64
         and s.widths.shape == s.loss.shape == (s.loss.size,)
@@ -85,7 +104,6 @@ def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
         and (np.diff(s.widths) > 0).all()
         and s.widths[-1] == full
         and np.isfinite(s.loss).all()
-        for s, full in zip(found, wide.tolist(), strict=True)
     )
 
 
@@ -103,6 +121,8 @@ def measure(
     repair: str = "least-squares",
     scheduler: str | None = None,
     around: Bools | None = None,
+    known: Mapping[int, Sensitivity] | None = None,
+    receive: Receiver[Sensitivity] | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Measure the loss of the model with one group narrowed, for every group at a few widths.
 
@@ -119,6 +139,8 @@ def measure(
         repair: How consumers are repaired, as ``--refit`` says.
         scheduler: Address of a Dask scheduler, in place of ``workers``.
         around: Keep mask (n_units,) of a plan at whose widths all other groups are; None for the original.
+        known: Losses by the number of the group that need not be measured again.
+        receive: Receives the number and the losses of every group as soon as they are measured.
 
     Returns:
         The losses of every group beyond that at its full width, which is 0 in the original.
@@ -143,6 +165,8 @@ def measure(
         scheduler=scheduler,
         progress=progress,
         stage="sensitivity",
+        known=known or {},
+        receive=receive,
     )
     return tuple(found)
 
@@ -202,6 +226,7 @@ def choose(
         scheduler=scheduler,
         progress=progress,
         stage="choose",
+        known={},
     )
     return np.asarray(found, np.int64)
 
@@ -249,19 +274,23 @@ def _by_group(
     scheduler: str | None,
     progress: Progress | None,
     stage: str,
+    known: Mapping[int, T],
+    receive: Receiver[T] | None = None,
 ) -> list[T]:
-    """``task`` for every group, several at a time."""
+    """``task`` for every group that is not known, several at a time."""
+    missing = [job for job in jobs(whole.coupling, grams) if job[0] not in known]
 
     def told(done: int, total: int) -> None:
         if progress:
-            progress(stage, done, total)
+            progress(stage, len(known) + done, len(known) + total)
 
-    return executor(workers, scheduler, whole.device).map(
-        task,
-        whole,
-        jobs(whole.coupling, grams),
-        told,
-    )
+    def received(index: int, result: T) -> None:
+        if receive:
+            receive(missing[index][0], result)
+
+    results = executor(workers, scheduler, whole.device).map(task, whole, missing, told, received)
+    found = {**known, **{job[0]: result for job, result in zip(missing, results, strict=True)}}
+    return [found[g] for g in range(len(found))]
 
 
 def _measure(whole: _Whole, job: Job) -> Sensitivity:

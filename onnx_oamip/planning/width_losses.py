@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from onnx_oamip.artifacts import cache_entries
+from onnx_oamip.artifacts.cache import Store
 from onnx_oamip.core.records import (
     Bools,
     Budget,
@@ -24,6 +30,9 @@ from onnx_oamip.statistics import workload
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE
+
+SECONDS_BETWEEN_WRITES = 1.0
+"""Seconds of measurement that an interrupted run loses, at most, besides the groups it was at."""
 
 
 def programmed(settings: Settings) -> bool:
@@ -112,10 +121,22 @@ def losses_of_groups(
     order = scoring.order(scores, coupling)
 
     samples = _measured(context)
+    known = {
+        **context.cache_identity,
+        "order": order.tolist(),
+        "refit": settings.refit,
+        "objective": document(context.objective),
+    }
+    if samples.count < parts(context.samples)[1].count:
+        known["samples"] = samples.count
+    if around is not None:
+        known["around"] = np.flatnonzero(~around).tolist()
+    wide = cost.full_widths(coupling)
 
     def run() -> tuple[Sensitivity, ...]:
         feeds = [feed for _, feed in samples.batches(context.batch)]
-        return sensitivity.measure(
+        unfinished = Unfinished.open(context.store, known, wide)
+        found = sensitivity.measure(
             model,
             coupling,
             collect(context, {COVARIANCE})[COVARIANCE],
@@ -128,25 +149,67 @@ def losses_of_groups(
             repair=settings.refit,
             scheduler=settings.scheduler,
             around=around,
+            known=dict(unfinished.losses),
+            receive=unfinished.receive,
         )
+        unfinished.close()
+        return found
 
-    known = {
-        **context.cache_identity,
-        "order": order.tolist(),
-        "refit": settings.refit,
-        "objective": document(context.objective),
-    }
-    if samples.count < parts(context.samples)[1].count:
-        known["samples"] = samples.count
-    if around is not None:
-        known["around"] = np.flatnonzero(~around).tolist()
-    wide = cost.full_widths(coupling)
     return context.store.recall(
         cache_entries.LOSSES,
         known,
         run,
         lambda found: sensitivity.fits(found, wide),
     )
+
+
+@dataclass
+class Unfinished:
+    """Losses that are measured group by group, kept in the cache for a run that starts again after an interruption.
+
+    Attributes:
+        store: The cache.
+        known: What the losses depend on.
+        losses: Losses by the number of the group.
+        kept: Time on the monotonic clock at which they were last written.
+    """
+
+    store: Store
+    known: Mapping[str, Any]
+    losses: dict[int, Sensitivity]
+    kept: float
+
+    @classmethod
+    def open(cls, store: Store, known: Mapping[str, Any], wide: Ints) -> Unfinished:
+        """Take up what an earlier run has left.
+
+        Args:
+            store: The cache.
+            known: What the losses depend on.
+            wide: Units of every group (groups,).
+
+        Returns:
+            Losses of the groups that it had measured.
+        """
+        kind = cache_entries.SOME_LOSSES
+        found = store.find(kind, known, lambda left: sensitivity.some_fit(left, wide))
+        return cls(store, known, dict(found or {}), time.monotonic())
+
+    def receive(self, group: int, losses: Sensitivity) -> None:
+        """Add the losses of a group, and write all of them now and then.
+
+        Args:
+            group: Number of the group.
+            losses: Its losses.
+        """
+        self.losses[group] = losses
+        if time.monotonic() - self.kept >= SECONDS_BETWEEN_WRITES:
+            self.store.keep(cache_entries.SOME_LOSSES, self.known, self.losses)
+            self.kept = time.monotonic()
+
+    def close(self) -> None:
+        """Remove the entry: the losses of all groups are one of their own."""
+        self.store.remove(cache_entries.SOME_LOSSES, self.known)
 
 
 def rungs(

@@ -108,13 +108,16 @@ def feeds():
         yield {"input": row}
 '''
 DRIVER = """
-import json, os, sys
+import gc, json, os, pkgutil, sys
 from contextlib import suppress
 from importlib import import_module
 
-for name in (
-    "gurobipy", "highspy", "onnxruntime", "scipy.optimize", "onnx_oamip.api.pipeline", "onnx_oamip.published.packing",
-):
+import onnx_oamip
+
+others = ("recovery", "integrations", "executors.cluster")  # large packages that few commands import
+package = [found.name for found in pkgutil.walk_packages(onnx_oamip.__path__, "onnx_oamip.")]
+package = [name for name in package if not name.startswith(tuple(f"onnx_oamip.{other}" for other in others))]
+for name in ("gurobipy", "highspy", "onnxruntime", "scipy.optimize", "scipy.interpolate", *package):
     with suppress(ImportError):
         import_module(name)
 import atexit, noisy
@@ -126,6 +129,7 @@ from onnx_oamip.verification.latency import Ratio
 
 proof.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
 latency.STEP_SECONDS = 0.01  # every fork would measure the step of widths again
+gc.freeze()  # no process searches what all of them share for cycles
 codes = []
 for number, run in enumerate(json.load(sys.stdin)):
     pid = os.fork()  # before any session: nothing here has threads yet

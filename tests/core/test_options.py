@@ -14,7 +14,13 @@ from onnx_oamip.cli import cli
 from onnx_oamip.cli.help import HEADINGS, Option
 from onnx_oamip.core import options
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.core.options import BudgetOptions, DataOptions
+from onnx_oamip.core.options import (
+    BudgetOptions,
+    DataOptions,
+    LimitOptions,
+    Options,
+    QuantisationOptions,
+)
 from onnx_oamip.core.settings import Settings
 
 ORDER = """
@@ -32,7 +38,9 @@ def test_order_of_settings_in_documents() -> None:
 
 
 def test_every_option_has_one_owner_and_a_description() -> None:
-    owners = [getattr(options, name) for name in options.__all__ if name != "Options"]
+    owners = Settings.__bases__
+    named = {getattr(options, name) for name in options.__all__}
+    assert named - {Options, LimitOptions, QuantisationOptions} == set(owners)
     owned = [name for owner in owners for name in owner.model_fields]
     assert sorted(owned) == sorted(Settings.model_fields)
     for name, field in Settings.model_fields.items():
@@ -91,6 +99,7 @@ def test_values_are_read_as_on_the_command_line(name: str, text: object, value: 
         ({"workers": 0}, "`workers`: 0 is not a whole number from 1; "),
         ({"time_limit": math.nan}, "`time_limit`: nan is not a number of seconds above 0; "),
         ({"allocate": "best"}, "`allocate`: 'best' is not one of 'mip', 'global', 'uniform'."),
+        ({"task": "boxes"}, "`task`: 'boxes' is not one of 'classes', 'binary', 'values', 'emb"),
         ({"relax": "maybe"}, "`relax`: 'maybe' is not true or false."),
         ({"mcas": 0.5}, "there is no setting `mcas`; did you mean `macs`?"),
         ({"qwertz": 0.5}, "there is no setting `qwertz`."),

@@ -121,21 +121,23 @@ def _drawable() -> list[OpSpec]:
 
 
 def test_every_operator_is_drawn_by_the_generator() -> None:
+    drawable = {id(spec) for spec in _drawable() if spec.name not in UNDRAWN}
     drawn: set[int] = set()
-    for i, (kind, name, opset) in enumerate(each()):
-        for seed in range(12):
+    for seed in range(12):
+        if drawable <= drawn:
+            break
+        for i, (kind, name, opset) in enumerate(each()):
             rng = np.random.default_rng([i, seed])
             proto = alone(kind, name, opset, rng.integers, seed)
             versions = {o.domain: o.version for o in proto.opset_import}
             specs = (lookup(n.domain, n.op_type, versions[n.domain]) for n in proto.graph.node)
             drawn.update(id(spec) for spec in specs if spec is not None)
-    names = {s.name for s in REGISTRY if id(s) in drawn}
     missing = [f"{s.domain}::{s.name} (since {s.since})" for s in _drawable() if id(s) not in drawn]
     missing = [name for name in missing if name.split("::")[1].split()[0] not in UNDRAWN]
     assert not missing, (
         f"no block in random_networks.py or random_network_blocks.py draws {missing}"
     )
-    assert not names & UNDRAWN.keys()
+    assert not {s.name for s in REGISTRY if id(s) in drawn} & UNDRAWN.keys()
 
 
 def _check_exactness(folder: Path, examples: int) -> None:
@@ -232,12 +234,12 @@ def _check_composition(folder: Path, examples: int) -> None:
 
 @pytest.mark.fuzz
 def test_pruned_equals_masked_and_predicted_cost(folder: Path) -> None:
-    _check_exactness(folder, 120)
+    _check_exactness(folder, 60)
 
 
 @pytest.mark.fuzz
 def test_pruning_twice_equals_pruning_at_once(folder: Path) -> None:
-    _check_composition(folder, 50)
+    _check_composition(folder, 25)
 
 
 @pytest.mark.slow

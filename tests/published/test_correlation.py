@@ -8,6 +8,7 @@ import pytest
 from onnx_oamip.core.records import Floats
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.layer_pairs import standardise
+from onnx_oamip.statistics.layer_problems import shrinkage
 
 
 def _residual(target: Floats, others: Floats) -> Floats:
@@ -57,3 +58,24 @@ def test_exact_function_still_ranks_its_parents() -> None:
     found = partial(parents, children)[0]
     assert (np.diff(found) < 0).all()
     assert found[0] < 1
+
+
+@pytest.mark.parametrize("rows", [3, 12, 40])
+def test_more_parents_than_samples_equal_the_inverse_of_all_correlations(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    parents, children = rng.standard_normal((rows, 20)), rng.standard_normal((rows, 2))
+    x, y = standardise(parents), standardise(children)
+    gram = x.T @ x / rows
+    ridge = shrinkage(gram, rows)
+    for c in range(2):
+        joint = np.block([[gram, x.T @ y[:, [c]] / rows], [y[:, [c]].T @ x / rows, np.eye(1)]])
+        precision = np.linalg.inv(joint + ridge * np.eye(21))
+        exact = np.abs(precision[:20, 20]) / np.sqrt(np.diag(precision)[:20] * precision[20, 20])
+        np.testing.assert_allclose(partial(parents, children)[c], exact, rtol=1e-8)
+
+
+def test_very_wide_layers_need_no_square_matrix() -> None:
+    parents = np.random.default_rng(4).standard_normal((6, 100_000))
+    found = partial(parents, parents[:, :1])
+    assert found.shape == (1, 100_000)
+    assert found.argmax() == 0

@@ -9,6 +9,7 @@ import pytest
 from graphs import NETS, build, load, samples
 from scipy.sparse.csgraph import minimum_spanning_tree
 
+from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Floats, Statistics
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
@@ -48,6 +49,19 @@ def test_equal_points_are_connected() -> None:
     distance = np.zeros((6, 6))
     assert mint.crossings(distance, np.asarray([False, True] * 3)) >= 1
     assert mint.crossings(distance, np.zeros(6, bool)) == 0
+
+
+def test_fewer_samples_than_parts_of_a_split_are_refused(tmp_path: Path) -> None:
+    model = load(build(NETS["mlp"]), tmp_path)
+    coupling = couple(model)
+    found = dataset.load(samples(model, 2), model)
+    assert found is not None
+    answer = pooled_activations.collect(model, coupling, found, "cpu")
+    seen = Statistics({MOMENTS: {}, POOLED_ACTIVATIONS: answer}, 2, "cpu")
+    with pytest.raises(
+        DataError, match=r"splits the calibration samples in 3, and has 2 at a time"
+    ):
+        mint.score(model, coupling, seen, Settings(importance="mint"))
 
 
 def test_independent_data_has_no_dependence() -> None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from conftest import ROOT
 from graphs import build
 from knapsack_programs import knapsack
 from network_texts import RESIDUAL_CNN as TEXT
+from stages import STAGES, Stage, is_cache_entry, oamip
 
 from onnx_oamip import importance, prune, published
 from onnx_oamip.api import proof
@@ -40,71 +41,6 @@ from onnx_oamip.programs import Program, solvers
 from onnx_oamip.programs.solvers import Limit, SolverLimits, Termination
 from onnx_oamip.verification.latency import Ratio
 
-SCALES = ("scales",)
-MOMENTS = (*SCALES, "moments")
-GRAMS = (*MOMENTS, "grams")
-SCORES = (*GRAMS, "scores")
-STEPS = (*SCORES, "steps")
-LOSSES = (*STEPS, "losses")
-OUTPUTS = (*LOSSES, "outputs")
-REFIT = (*OUTPUTS, "refit")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """``place``: the function that begins it; ``kept``: entries that are in the cache by then, by kind; ``values``:
-    settings of a run that has this stage; ``solves``: programs; ``spreads``: its work over workers."""
-
-    place: str
-    kept: tuple[str, ...] = ()
-    values: Mapping[str, Any] = field(default_factory=dict)
-    solves: bool = False
-    spreads: bool = False
-
-
-def _oamip(mode: str, **values: Any) -> dict[str, Any]:
-    return {"importance": "oamip", "mode": mode, **values}
-
-
-STAGES = {
-    "load": Stage("graph.loading.load"),
-    "couple": Stage("planning.idle_branches.couple", SCALES),
-    "calibrate": Stage("statistics.calibration.collect", SCALES),
-    "gram": Stage("statistics.covariances.collect", MOMENTS),
-    "pool": Stage(
-        "published.dependence.pooled_activations.collect", MOMENTS, {"importance": "mint"}
-    ),
-    "score": Stage("planning.scoring.apply_method", GRAMS, spreads=True),
-    "joint": Stage(
-        "importance.oamip.select.program", GRAMS, _oamip("joint", formulation="paper"), solves=True
-    ),
-    "per-class": Stage(
-        "importance.oamip.select.program",
-        GRAMS,
-        _oamip("per-class", formulation="paper"),
-        solves=True,
-    ),
-    "decoupled": Stage(
-        "importance.oamip.decoupled.score", GRAMS, _oamip("decoupled"), solves=True, spreads=True
-    ),
-    "orders": Stage(
-        "planning.sensitivity.choose", GRAMS, _oamip("decoupled", refit="bias"), spreads=True
-    ),
-    "mint": Stage(
-        "published.dependence.mint.executor", MOMENTS, {"importance": "mint"}, spreads=True
-    ),
-    "limits": Stage(
-        "published.dependence.operating_limits.executor", SCORES, {"limits": "snacs"}, spreads=True
-    ),
-    "sensitivity": Stage("planning.sensitivity.measure", STEPS, spreads=True),
-    "answers": Stage("planning.recorded_answers.answers", LOSSES),
-    "plan": Stage("planning.allocation.allocate", OUTPUTS, solves=True),
-    "refit": Stage("repair.least_squares.least_squares", OUTPUTS),
-    "verify": Stage("verification.equivalence.prove", REFIT),
-    "latency": Stage("api.proof.compare_latency", REFIT),
-    "write": Stage("api.pipeline.write", REFIT),
-    "rename": Stage("core.atomic_files._backup", REFIT),
-}
 FAULTS = ("kill", "disk", "memory", "timeout", "licence", "worker")
 
 
@@ -254,12 +190,8 @@ def _begun(
     real = getattr(home, name)
 
     def begin(*args: Any, **options: Any) -> Any:
-        if any(
-            isinstance(a, Path) and a.suffix == ".npz" and a.parent.name == "cache" for a in args
-        ):
-            return real(
-                *args, **options
-            )  # an entry of the cache is renamed, not what was asked for
+        if is_cache_entry(args):
+            return real(*args, **options)
         then()
         try:
             return real(*args, **options)
@@ -395,7 +327,9 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
 
     real, inside, killed = Cluster.map, [0], []
 
-    def watched(self: Any, work: Any, shared: Any, items: Any, progress: Any = None) -> Any:
+    def watched(
+        self: Any, work: Any, shared: Any, items: Any, progress: Any = None, receive: Any = None
+    ) -> Any:
         def told(done: int, total: int) -> None:
             if inside[0] and not killed:
                 killed.append(stage.place)
@@ -403,7 +337,7 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
             if progress:
                 progress(done, total)
 
-        return real(self, work, shared, items, told)
+        return real(self, work, shared, items, told, receive)
 
     def count(by: int) -> Callable[[], object]:
         return lambda: inside.__setitem__(0, inside[0] + by)
@@ -521,7 +455,7 @@ def test_fault_matrix_matches_what_stages_do(task: Path) -> None:
 
 
 DRIVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 from importlib import import_module
 from pathlib import Path
 
@@ -534,17 +468,19 @@ for name in (
 ):
     import_module(f"onnx_oamip.{name}")
 import gurobipy, highspy, onnxruntime, scipy.optimize
+from stages import is_cache_entry
 
 task, stages = Path(sys.argv[1]), json.loads(sys.argv[2])
 proof.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
 ends = {}
+gc.freeze()  # no process searches what all of them share for cycles
 
 def strike(place):
     module, name = place.rsplit(".", 1)
     module = import_module(f"onnx_oamip.{module}")
     real = getattr(module, name)
     def die(*args, **options):
-        if any(isinstance(a, Path) and a.suffix == ".npz" and a.parent.name == "cache" for a in args):
+        if is_cache_entry(args):
             return real(*args, **options)
         os.kill(os.getpid(), signal.SIGKILL)
     setattr(module, name, die)
@@ -579,8 +515,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Mapping[str
             _given(folder)
             stages = json.dumps({name: asdict(stage) for name, stage in STAGES.items()})
             arguments = [sys.executable, "-c", DRIVER, str(folder), stages, OLD.decode()]
+            paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
             found = subprocess.run(
-                arguments, capture_output=True, text=True, env={**os.environ}, check=False
+                arguments,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": paths},
+                check=False,
             )
             assert found.returncode == 0, found.stderr
             ends.update(json.loads(found.stdout))
@@ -909,12 +850,12 @@ def test_failure_of_a_worker_leaves_the_old_files(
         ("repair.least_squares.refit_family", {}, r"the refit of Conv '.*'"),
         (
             "importance.oamip.decoupled._solve_group",
-            _oamip("decoupled"),
+            oamip("decoupled"),
             r"the programs of the group 'w\d'",
         ),
         (
             "importance.oamip.select.formulate",
-            _oamip("joint", formulation="paper"),
+            oamip("joint", formulation="paper"),
             "the joint importance program",
         ),
     ],

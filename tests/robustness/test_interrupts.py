@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP wherever a run may stand: it ends soon, with its children, and leaves nothing.
 
-Every case is a process of its own, stuck for minutes in what does not listen: a solver's search, a kernel, a cluster.
+Every case is a process of its own, stuck for minutes in what does not listen: a solver's search, a kernel, a cluster,
+a factorisation, or compiled code at the beginning of a stage.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from conftest import ROOT
 from graphs import build
 from network_texts import RESIDUAL_CNN as TEXT
+from stages import STAGES
 
 from onnx_oamip.programs import solvers
 
@@ -41,16 +44,33 @@ SIGNALS = {
     "SIGHUP": (129, "terminated, as its terminal was closed"),
 }
 HUNG_UP = ("highs in threads", "runtime", "latency", "process")
-"""Places where SIGHUP is tried: it takes the way of SIGTERM."""
+"""Places where SIGHUP is tried in the default tier: it takes the way of SIGTERM."""
 CASES = [
     (place, name) for place in PLACES for name in SIGNALS if name != "SIGHUP" or place in HUNG_UP
 ]
+MORE_PLACES = {
+    "lapack": [],
+    "lapack in threads": [],
+    **{
+        f"stage {name}": [f"--{key}={value}" for key, value in stage.values.items()]
+        for name, stage in STAGES.items()
+    },
+}
+SLOW_CASES = [
+    *[(place, name) for place in MORE_PLACES for name in ("SIGTERM", "SIGHUP")],
+    *[(place, "SIGHUP") for place in PLACES if place not in HUNG_UP],
+]
+SECONDS = 2.5
+"""Within which a run ends: two for the work to unwind, and what the end of a process takes."""
+AT_ONCE = 2
+"""Slow cases that run side by side, so that their seconds are their own."""
 DRIVER = """
-import json, os, signal, sys, tempfile, time
+import gc, hashlib, json, os, signal, sys, tempfile, time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-import gurobipy, highspy, numpy as np, onnx, onnxruntime, scipy.optimize
+import gurobipy, highspy, numpy as np, onnx, onnxruntime, scipy.linalg, scipy.optimize
 from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.graph import runtime
@@ -59,8 +79,9 @@ from onnx_oamip.programs import solvers
 from onnx_oamip.programs.program import Builder
 from onnx_oamip.statistics import calibration
 from onnx_oamip.verification import latency
+from stages import STAGES, is_cache_entry
 
-folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+folder, cases, at_once = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 
 def knapsack():
     rng = np.random.default_rng(0)
@@ -89,6 +110,17 @@ def stick(place, started):
         started.touch()
         session.run({"x": np.ones(1, np.float32)})
 
+    def factorise(*_, **__):
+        matrix = np.random.default_rng(0).normal(size=(6000, 6000))
+        started.touch()
+        scipy.linalg.svd(matrix)
+
+    def begin(*args, **options):
+        if is_cache_entry(args):
+            return real(*args, **options)
+        started.touch()
+        hashlib.pbkdf2_hmac("sha256", b"x" * 8, b"x" * 8, 2**31 - 1)
+
     def timed(*args, seconds, **options):
         started.touch()
         return latency.compare_latency(*args, seconds=600.0, **options)
@@ -108,6 +140,15 @@ def stick(place, started):
         calibration.collect = loop
     elif place == "runtime in threads":
         sensitivity._Part.losses = loop
+    elif place == "lapack":
+        calibration.collect = factorise
+    elif place == "lapack in threads":
+        sensitivity._Part.losses = factorise
+    elif place.startswith("stage "):
+        module, _, name = STAGES[place.removeprefix("stage ")].place.rpartition(".")
+        home = import_module(f"onnx_oamip.{module}")
+        real = getattr(home, name)
+        setattr(home, name, begin)
     elif place == "latency":
         proof.compare_latency = timed
     elif place == "process":
@@ -132,26 +173,31 @@ def alive(group):
             found.append(path.parent.name)
     return found
 
-waiting = {}
-for case in cases:
+def start(case):
     home = Path(case["home"])
     pid = os.fork()  # before any session: nothing here has threads yet
-    if not pid:
-        os.setpgrp()
-        errors = os.open(home / "errors", os.O_CREAT | os.O_WRONLY)
-        os.dup2(errors, 2)
-        os.dup2(errors, 1)
-        os.environ["TMPDIR"], tempfile.tempdir = str(home / "tmp"), None
-        stick(case["place"], home / "started")
-        status = main(case["arguments"])
-        sys.stderr.flush()
-        os._exit(status)  # what libraries tidy up when a process ends is not made for one that was forked
-    waiting[pid] = home
+    if pid:
+        return pid, home
+    os.setpgrp()
+    errors = os.open(home / "errors", os.O_CREAT | os.O_WRONLY)
+    os.dup2(errors, 2)
+    os.dup2(errors, 1)
+    os.environ["TMPDIR"], tempfile.tempdir = str(home / "tmp"), None
+    stick(case["place"], home / "started")
+    status = main(case["arguments"])
+    sys.stderr.flush()
+    os._exit(status)  # what libraries tidy up when a process ends is not made for one that was forked
+
 # Each is told as soon as it is stuck, and has half a minute to go.
 number = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
-told, ends = {}, {}
-until = time.monotonic() + 240
-while waiting and time.monotonic() < until:
+gc.freeze()  # no process searches what all of them share for cycles
+waiting, told, ends, coming = {}, {}, {}, iter(cases)
+until = time.monotonic() + 240 + 10 * len(cases)
+while time.monotonic() < until:
+    while len(waiting) < at_once and (case := next(coming, None)):
+        waiting.update([start(case)])
+    if not waiting:
+        break
     for pid, home in list(waiting.items()):
         if pid not in told and (home / "started").exists():
             time.sleep(0.2)  # so that it is in there
@@ -174,78 +220,112 @@ print(json.dumps(ends))
 """
 
 
+Run = Callable[[list[tuple[str, str]], int], Mapping[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """End of every case by its name: all run at the same time, each in a folder of its name."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run cases, so many at once, each in a folder of its name; the end of each by its name."""
+    for name in ("gurobi", "highs"):
+        if not solvers.BACKENDS[name].licence().usable:
+            pytest.skip(f"{name} is not usable here")
+
+    def ends(listed: list[tuple[str, str]], at_once: int) -> Mapping[str, Any]:
+        folder = tmp_path_factory.mktemp("cases")
+        (folder / "model.onnx").write_bytes(build(TEXT).SerializeToString())
+        images = np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)
+        np.savez(folder / "data.npz", image=images, labels=np.arange(60) % 5)
+        places = (ROOT, ROOT / "tests", ROOT / "tests" / "support")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
+        with _scheduler() as address:
+            cases = [_case(folder, place, name, address) for place, name in listed]
+            found = subprocess.run(
+                [sys.executable, "-c", DRIVER, str(folder), json.dumps(cases), str(at_once)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment,
+            )
+        assert found.returncode == 0, found.stderr
+        return {"folder": folder, **json.loads(found.stdout)}
+
+    return ends
+
+
+@contextmanager
+def _scheduler() -> Iterator[str]:
     distributed = pytest.importorskip(
         "distributed", reason="the package distributed is not installed"
     )
-    for backend in solvers.BACKENDS.values():
-        if not backend.licence().usable:
-            pytest.skip(f"{backend.name} is not usable here")
-    folder = tmp_path_factory.mktemp("cases")
-    (folder / "model.onnx").write_bytes(build(TEXT).SerializeToString())
-    images = np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)
-    np.savez(folder / "data.npz", image=images, labels=np.arange(60) % 5)
-    places = (ROOT, ROOT / "tests", ROOT / "tests" / "support")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
     with distributed.LocalCluster(
         processes=True, n_workers=1, threads_per_worker=1, dashboard_address=None
     ) as cluster:
-        cases = []
-        for place, options in PLACES.items():
-            for name in (name for at, name in CASES if at == place):
-                home = folder / f"{place} {name}"
-                (home / "tmp").mkdir(parents=True)
-                (home / "out.onnx").write_bytes(b"old")
-                more = [*options, cluster.scheduler_address] if place == "cluster" else options
-                model, source = str(folder / "model.onnx"), str(folder / "data.npz")
-                arguments = (
-                    ["bench", model, "--data", source, "--seconds", "0.1"]
-                    if place == "process"
-                    else [
-                        "prune",
-                        model,
-                        "--data",
-                        source,
-                        "--macs",
-                        "0.5",
-                        "--align",
-                        "1",
-                        "--device",
-                        "cpu",
-                        "-q",
-                        "--workers",
-                        "2",
-                        "--cache",
-                        str(home / "cache"),
-                        "-o",
-                        str(home / "out.onnx"),
-                        *more,
-                    ]
-                )
-                cases.append({"home": str(home), "place": place, "arguments": arguments})
-        found = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(folder), json.dumps(cases)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-    assert found.returncode == 0, found.stderr
-    return {"folder": folder, **json.loads(found.stdout)}
+        yield cluster.scheduler_address
+
+
+def _case(folder: Path, place: str, name: str, address: str) -> dict[str, Any]:
+    """A folder with an old file, and the command that is to be stuck."""
+    home = folder / f"{place} {name}"
+    (home / "tmp").mkdir(parents=True)
+    (home / "out.onnx").write_bytes(b"old")
+    options = {**PLACES, **MORE_PLACES}[place]
+    given = [str(folder / "model.onnx"), "--data", str(folder / "data.npz")]
+    if place == "process":
+        return {
+            "home": str(home),
+            "place": place,
+            "arguments": ["bench", *given, "--seconds", "0.1"],
+        }
+    plan = ["--macs", "0.5", "--align", "1", "--device", "cpu", "-q", "--workers", "2"]
+    files = ["--cache", str(home / "cache"), "-o", str(home / "out.onnx")]
+    more = [*options, address] if place == "cluster" else options
+    return {
+        "home": str(home),
+        "place": place,
+        "arguments": ["prune", *given, *plan, *files, *more],
+    }
+
+
+@pytest.fixture(scope="module")
+def ends(run: Run) -> Mapping[str, Any]:
+    """End of every case by its name: all run at the same time."""
+    return run(CASES, len(CASES))
+
+
+@pytest.fixture(scope="module")
+def slow_ends(run: Run) -> Mapping[str, Any]:
+    """End of every slow case by its name."""
+    return run(SLOW_CASES, AT_ONCE)
 
 
 @pytest.mark.parametrize(("place", "name"), CASES)
 def test_signal_ends_a_run(
     place: str, name: str, ends: Mapping[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("seconds", round(_ended(place, name, ends), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "name"), SLOW_CASES)
+def test_signal_ends_a_run_at_every_stage(
+    place: str,
+    name: str,
+    slow_ends: Mapping[str, Any],
+    record_property: Callable[[str, object], None],
+) -> None:
+    seconds = _ended(place, name, slow_ends)
+    record_property("seconds", round(seconds, 1))
+    busy = os.getloadavg()[0] > AT_ONCE + (os.cpu_count() or 1)
+    assert seconds < SECONDS or busy
+
+
+def _ended(place: str, name: str, ends: Mapping[str, Any]) -> float:
+    """Check the end of a case; its seconds after the signal."""
     status, word = SIGNALS[name]
     home: Path = ends["folder"] / f"{place} {name}"
     text = (home / "errors").read_text()
     assert f"{place} {name}" in ends, f"it never came so far: {text}"
     end = ends[f"{place} {name}"]
-    record_property("seconds", round(end["seconds"], 1))
     assert end["end"] == status, text
     assert not end["left"], "no child outlives it"
     assert text.strip().splitlines()[-1] == f"Error: {word}."
@@ -254,3 +334,5 @@ def test_signal_ends_a_run(
     assert {p.name for p in home.iterdir()} <= {"out.onnx", "errors", "started", "tmp", "cache"}
     assert (home / "out.onnx").read_bytes() == b"old"
     assert all(p.suffix == ".npz" for p in (home / "cache").glob("*"))
+    seconds: float = end["seconds"]
+    return seconds

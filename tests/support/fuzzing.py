@@ -27,12 +27,16 @@ from typing import Any
 SEED = 20
 SECONDS = 10
 """Processor time of a case, most of which take milliseconds; more is a hang. Waiting may take ``WAIT`` times that."""
+ODD_SECONDS = 60
+"""The same for a whole run of odd models."""
 WAIT = 10
 SPACE = 3 << 30
 """Address space of a worker above what its libraries take."""
 RESIDENT = 256 << 20
 MULTIPLE = 16
 """A case may make the process grow by ``RESIDENT`` bytes, and by ``MULTIPLE`` times its file."""
+MEMORY_MARGIN = 1.25
+"""A run of odd models may make the process grow by so many times ``--max-memory``."""
 QUICK = (
     "--macs",
     "0.5",
@@ -257,7 +261,43 @@ def run_data(number: int, folder: Path, watch: _Watch) -> Outcome:
     )
 
 
-RUNS = {"model": run_model, "data": run_data}
+def run_odd(number: int, folder: Path, watch: _Watch) -> Outcome:
+    """Prune one odd but sound model on odd samples with random options, and run what is written."""
+    import numpy as np
+    import odd_models
+
+    from onnx_oamip.core.settings import Settings
+
+    rng = np.random.default_rng([SEED, 2, number])
+    odd, options = odd_models.draw(rng)
+    as_json = bool(rng.random() < 0.5)
+    path, data, target = folder / "model.onnx", folder / "data.npz", folder / "out"
+    target.mkdir()
+    path.write_bytes(odd.proto.SerializeToString())
+    np.savez(data, **odd.arrays)
+    given = ["prune", str(path), "--data", str(data), "-o", str(target / "out.onnx")]
+    common = ["--cache", "off", "--device", "cpu", *(["--json"] if as_json else ["-q"])]
+    start = _peak(reset=True)
+    ended = _call([*given, *common, *options])
+    grown = _peak() - start
+    told = f"{', '.join(odd.oddities)}; {' '.join(options)}; "
+    wrong = judge(*ended, as_json=as_json)
+    limit = Settings(max_memory=options[options.index("--max-memory") + 1]).max_memory or 0
+    if not wrong and grown > MEMORY_MARGIN * limit:
+        wrong = f"grew by {grown >> 20} MiB"
+    expected = {"out.onnx"} if ended[0] == 0 and "--dry-run" not in options else set()
+    written = _files(target)
+    if not wrong and written != expected:
+        wrong = f"files: {written}"
+    if not wrong and written:
+        wrong = odd_models.difference(odd, (target / "out.onnx").read_bytes())
+    kind = "wrong" if wrong else "refused" if ended[0] else "pruned"
+    return Outcome(number, kind, f"{told}{wrong or ended[2].strip()}")
+
+
+RUNS = {"model": run_model, "data": run_data, "odd": run_odd}
+BOUNDED = ("model", "data")
+"""Kinds whose cases are files of a few bytes: they need little memory, and start and open nothing."""
 
 
 def _one(kind: str, number: int, root: Path, watch: _Watch) -> Outcome:
@@ -267,9 +307,10 @@ def _one(kind: str, number: int, root: Path, watch: _Watch) -> Outcome:
     (root / "box" / "secret.bin").write_bytes(bytes(4096))
     start = _peak(reset=True)
     watch.seen.clear()
-    faulthandler.dump_traceback_later(SECONDS * WAIT, exit=True)
+    seconds = SECONDS if kind in BOUNDED else ODD_SECONDS
+    faulthandler.dump_traceback_later(seconds * WAIT, exit=True)
     spent = resource.getrusage(resource.RUSAGE_SELF)
-    limit = int(spent.ru_utime + spent.ru_stime) + SECONDS + 1
+    limit = int(spent.ru_utime + spent.ru_stime) + seconds + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         outcome = RUNS[kind](number, folder, watch)
@@ -289,7 +330,7 @@ def _one(kind: str, number: int, root: Path, watch: _Watch) -> Outcome:
     grown = _peak() - start
     if outcome.good and watch.seen:
         return Outcome(number, "reached out", "; ".join(watch.seen))
-    if outcome.good and grown > RESIDENT + MULTIPLE * size:
+    if kind in BOUNDED and outcome.good and grown > RESIDENT + MULTIPLE * size:
         return Outcome(number, "memory", f"{grown >> 20} MiB for {size} bytes: {outcome.text}")
     return outcome
 

@@ -72,9 +72,10 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
     Returns:
         The names in order; empty unless the setting is a choice of names.
     """
-    if get_origin(field.annotation) is Literal:
-        return get_args(field.annotation)
-    return ()
+    forms = [form for form in get_args(field.annotation) if form is not type(None)]
+    optional = len(forms) == 1 and get_origin(field.annotation) is not Literal
+    choice = forms[0] if optional else field.annotation
+    return get_args(choice) if get_origin(choice) is Literal else ()
 
 
 def shown(field: FieldInfo) -> Shown:

@@ -67,17 +67,37 @@ def partial(parents: Array, children: Array) -> Floats:
     """
     x = standardise(parents)
     y = standardise(children)
-    rows = len(x)
-    gram = x.T @ x / rows
-    if len(gram) > 1:
-        ridge = shrinkage(gram, rows)
-    else:
-        ridge = ONE_PARENT_RIDGE
-    gram[np.diag_indices_from(gram)] = np.diag(gram) + ridge
-    cross = x.T @ y / rows
-    inverse = np.linalg.inv(gram)
-    slopes = inverse @ cross  # (p, c)
+    ridge = _ridge(x)
+    spread, slopes = _inverse(x, y, ridge)
+    cross = x.T @ y / len(x)
     explained = np.einsum("pc,pc->c", cross, slopes)
     residual = np.maximum(y.var(axis=0) + ridge - explained, LEAST_RESIDUAL)
-    scale = np.sqrt(np.outer(np.diag(inverse), residual) + np.square(slopes))
+    scale = np.sqrt(np.outer(spread, residual) + np.square(slopes))
     return np.asarray(np.abs(slopes / scale).T)
+
+
+def _small_gram(x: Floats) -> Floats:
+    """Products of columns or of rows of x, whichever are fewer, over the rows: both have the same trace and norm."""
+    rows, columns = x.shape
+    return np.asarray((x @ x.T if rows < columns else x.T @ x) / rows)
+
+
+def _ridge(x: Floats) -> float:
+    rows, columns = x.shape
+    return shrinkage(_small_gram(x), rows, columns) if columns > 1 else ONE_PARENT_RIDGE
+
+
+def _inverse(x: Floats, y: Floats, ridge: float) -> tuple[Floats, Floats]:
+    """The diagonal of the inverse S^-1 of the ridged correlations (p,), and the slopes S^-1 s (p, c).
+
+    Where x has fewer rows than columns, both follow from the matrix of the rows, by the identity of Woodbury.
+    """
+    rows, columns = x.shape
+    gram = _small_gram(x)
+    gram[np.diag_indices_from(gram)] += ridge
+    inverse = np.linalg.inv(gram)
+    if rows >= columns:
+        return np.diag(inverse), np.asarray(inverse @ (x.T @ y / rows))
+    by_row = inverse @ x  # (rows, p)
+    leverage = np.einsum("rp,rp->p", x, by_row) / rows
+    return (1 - leverage) / ridge, np.asarray(by_row.T @ y / rows)

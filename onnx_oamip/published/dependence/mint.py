@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -39,7 +40,8 @@ from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 GROUPS = 16
 """Most groups of filters on either side of a pair of layers."""
 SPLITS = 3
-"""Random splits of the samples in three, averaged."""
+"""Random splits of the samples in ``PARTS``, averaged."""
+PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,18 @@ def score(
 
     Returns:
         One score per unit; the mean of each group is 1.
+
+    Raises:
+        DataError: There are fewer samples than parts of a split.
     """
     assert statistics is not None
     every_pair = list(pairs(model, coupling, statistics[POOLED_ACTIVATIONS]))
+    count = min((len(pair.parents) for pair in every_pair), default=PARTS)
+    if count < PARTS:
+        raise DataError(
+            f"`importance=mint` splits the calibration samples in {PARTS}, and has {count} at a time; give more in "
+            "`data`, or use another `importance`."
+        )
     deadline = _Deadline.after(settings.score_time)
     jobs = [
         _Job(i, settings.seed + split, deadline)
@@ -135,7 +146,7 @@ def dependence(
     x = _grouped(children)
     y = _grouped(parents)
     order = np.random.default_rng(seed).permutation(len(parents))
-    third = len(order) // 3
+    third = len(order) // PARTS
     first = order[:third]
     second = order[third : 2 * third]
     last = order[2 * third : 3 * third]
