@@ -28,9 +28,11 @@ def conform(proto: ModelProto) -> None:
         proto: A model as it is in its file.
 
     Raises:
-        ModelError: The nodes read each other's outputs in a cycle, or refer to attributes of a function outside of one.
+        ModelError: The nodes read each other's outputs in a cycle, or refer to attributes of a function outside of one,
+            or a branch gives fewer outputs than its node.
     """
     _check_attributes(proto)
+    _check_branches(proto)
     node_order.sort(proto.graph)
     if proto.ir_version < FIRST_VERSION:
         default_inputs.close(proto)
@@ -46,6 +48,18 @@ def _check_attributes(proto: ModelProto) -> None:
                 raise ModelError(
                     f"the attribute '{attribute.name}' of {node.op_type} '{shortened(node.name)}' refers to one of a "
                     "function, outside of any function; export the model again."
+                )
+
+
+def _check_branches(proto: ModelProto) -> None:
+    """Raises ModelError for a branch of an If that gives fewer outputs than the node."""
+    for node in subgraphs.nodes(proto.graph):
+        given = subgraphs.bodies(node)
+        for name in subgraphs.BRANCHES.values():
+            if name in given and len(given[name].output) < len(node.output):
+                raise ModelError(
+                    f"{node.op_type} '{shortened(node.name)}' has {len(node.output)} outputs, and its {name} gives "
+                    f"{len(given[name].output)}; export the model again."
                 )
 
 

@@ -57,7 +57,9 @@ def separable(
     least = float(eigvalsh(correlation, subset_by_index=[0, 0])[0])
     share = np.full(len(root), max(least - MIN_EIGENVALUE, 0.0))
     if least > MIN_EIGENVALUE and len(root) <= MAX_SIZE:
-        weights = own[live] if worth is None else own[live] * worth[live]
+        weights = own[live] / own.max()
+        if worth is not None:
+            weights = weights * (worth[live] / worth.max())
         weights = weights / weights.mean()
         found = _largest(correlation, weights, share / 2, accuracy)
         share = max(share, found, key=lambda candidate: float(weights @ candidate))

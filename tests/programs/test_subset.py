@@ -753,3 +753,11 @@ def test_start_and_relaxation_are_consistent(name: str, solver: str) -> None:
     assert solution.objective is not None
     assert plane(loss, relaxed, free, 3) - 1e-7 <= solution.objective <= whole(loss, relaxed) + 1e-6
     assert solution.objective <= hurried.objective + 1e-6  # a solver may miss a row by that much
+
+
+@pytest.mark.parametrize("scale", [1e-308, 1e-100, 1e200])
+def test_separable_part_does_not_depend_on_the_scale_of_its_worth(scale: float) -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((30, 6))
+    q, worth = rows.T @ rows, rng.uniform(0.5, 2, 6)
+    np.testing.assert_allclose(separable(q, scale * worth), separable(q, worth), rtol=1e-6)

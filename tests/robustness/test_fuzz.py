@@ -13,6 +13,7 @@ from typing import Any
 
 import fuzzing
 import numpy as np
+import odd_models
 import onnx
 import onnx_graphsurgeon as gs
 import pyarrow as pa
@@ -42,13 +43,15 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.ops import OpSpec
 from onnx_oamip.verification.latency import Ratio
 
-CASES = {"model": (80, 20_000), "data": (40, 5_000)}
-"""Mutated files by default, and with --slow."""
+CASES = {"model": (50, 20_000), "data": (25, 5_000), "odd": (12, 2_000)}
+"""Mutated files, and odd models with odd options, by default and with --slow."""
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", CASES)
-def test_mutated_files_give_one_sentence_errors(kind: str, request: pytest.FixtureRequest) -> None:
+def test_hostile_files_and_odd_models_give_one_sentence_errors(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     few, many = CASES[kind]
     number = many if request.config.getoption("--slow") else few
     # Under pytest-xdist the other processors have tests of their own.
@@ -58,6 +61,29 @@ def test_mutated_files_give_one_sentence_errors(kind: str, request: pytest.Fixtu
     # The files are broken enough to be refused, and whole enough to get somewhere.
     assert counts["pruned"] > 0.04 * number, counts
     assert counts["refused"] > 0.3 * number, counts
+
+
+def test_every_oddity_is_drawn() -> None:
+    seen: set[str] = set()
+    for number in range(250):
+        odd, options = odd_models.draw(np.random.default_rng([7, number]))
+        seen.update(odd.oddities, options)
+        onnx.checker.check_model(odd.proto)
+    wanted = {*odd_models.BASES, *odd_models.ODDITIES, *odd_models.ODD_SAMPLES, *odd_models.CHOICES}
+    assert not wanted - seen
+
+
+def test_difference_detects_models_that_take_no_ones_place() -> None:
+    odd = odd_models.BASES["linear layers"](np.random.default_rng(0))
+    assert not odd_models.difference(odd, odd.proto.SerializeToString())
+    renamed, endless = ModelProto(), ModelProto()
+    for proto in (renamed, endless):
+        proto.CopyFrom(odd.proto)
+    renamed.graph.node[-1].output[0] = renamed.graph.output[0].name = "other"
+    bias = next(t for t in endless.graph.initializer if t.name == "b0")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(tuple(bias.dims), np.nan, "f"), "b0"))
+    assert "in place of" in odd_models.difference(odd, renamed.SerializeToString())
+    assert "not finite" in odd_models.difference(odd, endless.SerializeToString())
 
 
 def test_crashed_fuzzing_process_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +328,32 @@ def _never() -> ModelProto:
     )
 
 
+def _empty_branch() -> ModelProto:
+    """A branch of an If that gives nothing."""
+    proto = _simple()
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    made = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 3])
+    full = helper.make_graph([helper.make_node("Relu", ["y"], ["r"])], "full", [], [made])
+    full.output[0].name = "r"
+    empty = helper.make_graph([], "empty", [], [])
+    proto.graph.input.append(flag)
+    proto.graph.node.append(
+        helper.make_node("If", ["flag"], ["z"], then_branch=empty, else_branch=full)
+    )
+    proto.graph.output.append(made)
+    return proto
+
+
+def _many_axes() -> ModelProto:
+    """A normalisation over a list of axes where one is expected."""
+    proto = _simple()
+    proto.graph.initializer.append(helper.make_tensor("scale", TensorProto.FLOAT, [8], [1.0] * 8))
+    proto.graph.node[1].CopyFrom(
+        helper.make_node("LayerNormalization", ["a", "scale"], ["h"], axis=[1])
+    )
+    return proto
+
+
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
     "functions that double": (_doubling, "once its functions are inlined"),
@@ -322,6 +374,8 @@ BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "range": (_large("Range", ["none", "end", "step"]), "asks for 8.0 TiB of memory"),
     "tile": (_large("Tile", ["one", "shape"]), "asks for 8.0 TiB of memory"),
     "pad": (_large("Pad", ["one", "pads"]), "asks for 8.0 TiB of memory"),
+    "many axes": (_many_axes, "attribute 'axis' of LayerNormalization"),
+    "empty branch": (_empty_branch, "has 1 outputs, and its then_branch gives 0"),
 }
 
 

@@ -27,7 +27,7 @@ from typing import Any
 SEED = 20
 SECONDS = 10
 """Processor time of a case, most of which take milliseconds; more is a hang. Waiting may take ``WAIT`` times that."""
-ODD_SECONDS = 60
+ODD_SECONDS = 120
 """The same for a whole run of odd models."""
 WAIT = 10
 SPACE = 3 << 30

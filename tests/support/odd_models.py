@@ -263,11 +263,19 @@ def _repeated_output(odd: Odd, rng: Rng) -> None:
 
 def _inner_output(odd: Odd, rng: Rng) -> None:
     """A tensor inside the network is an output as well."""
-    names = [node.output[0] for node in odd.graph.node if node.op_type in ("Relu", "Gemm", "Conv")]
-    if names:
+    ranks = {"Gemm": 2, "Conv": 4}
+    found = [node for node in odd.graph.node if node.op_type in ranks]
+    if found:
+        node = _one_of(rng, found)
+        shape = [None] * ranks[node.op_type]
         odd.graph.output.append(
-            helper.make_tensor_value_info(_one_of(rng, names), TensorProto.FLOAT, None)
+            helper.make_tensor_value_info(node.output[0], _float_type(odd), shape)
         )
+
+
+def _float_type(odd: Odd) -> int:
+    """The element type of the network's numbers."""
+    return int(odd.graph.output[0].type.tensor_type.elem_type)
 
 
 def _other_floats(odd: Odd, rng: Rng) -> None:
@@ -315,7 +323,7 @@ def _custom_operator(odd: Odd, rng: Rng) -> None:
         for node in odd.graph.node:
             node.input[:] = ["thing" if name == read else name for name in node.input]
     else:
-        odd.graph.output.append(helper.make_tensor_value_info("thing", TensorProto.FLOAT, ["N"]))
+        odd.graph.output.append(helper.make_tensor_value_info("thing", _float_type(odd), ["N"]))
     odd.graph.node.insert(at + 1, made)
     odd.proto.opset_import.append(helper.make_opsetid("com.example", 1))
 

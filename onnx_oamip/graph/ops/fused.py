@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.printable import shortened
+
 CONTRIBUTED = "com.microsoft"
 LAYER_NORMALIZATION_SINCE = 17
 """Opset of ``LayerNormalization``; ONNX Runtime writes it into files of older opsets too."""
@@ -83,6 +86,16 @@ class _Parts:
         if isinstance(value, bytes):
             return value.decode()
         return str(value)
+
+    def numeric(self, attribute: str, default: float) -> float:
+        """Value of an attribute that is a number; raises ModelError where it is anything else."""
+        value = self.attrs.get(attribute, default)
+        if isinstance(value, int | float):
+            return float(value)
+        raise ModelError(
+            f"the attribute '{attribute}' of {self.node.op_type} '{shortened(self.node.name)}' is no number; export "
+            "the model again."
+        )
 
     def add(
         self,
@@ -217,10 +230,10 @@ def _product(parts: _Parts) -> bool:
 
 def _matrix_product(parts: _Parts) -> bool:
     """FusedMatMul: a product of matrices that may be transposed, times a number."""
-    if parts.attrs.get("transBatchA", 0) or parts.attrs.get("transBatchB", 0):
+    if parts.numeric("transBatchA", 0) or parts.numeric("transBatchB", 0):
         return False
-    transposed = [bool(parts.attrs.get(name, 0)) for name in ("transA", "transB")]
-    factor = float(parts.attrs.get("alpha", 1.0))
+    transposed = [bool(parts.numeric(name, 0)) for name in ("transA", "transB")]
+    factor = parts.numeric("alpha", 1.0)
     out = parts.output(0) if factor == 1.0 else ""
     operands = list(parts.node.input[:2])
     for slot, name in enumerate(operands):
@@ -283,12 +296,12 @@ def _scaled(
 
 
 def _epsilon(parts: _Parts, default: float) -> float:
-    return float(parts.attrs.get("epsilon", default))
+    return parts.numeric("epsilon", default)
 
 
 def _layer_normalization(parts: _Parts) -> bool:
     """LayerNormalization in a file of an opset that does not have it."""
-    axis = int(parts.attrs.get("axis", -1))
+    axis = int(parts.numeric("axis", -1))
     statistics = parts.output(1) or parts.output(2)
     if parts.version >= LAYER_NORMALIZATION_SINCE or axis != -1 or statistics:
         return False
@@ -300,7 +313,7 @@ def _layer_normalization(parts: _Parts) -> bool:
 
 def _root_mean_square(parts: _Parts) -> bool:
     """SimplifiedLayerNormalization, which ONNX Runtime has in the default domain."""
-    if int(parts.attrs.get("axis", -1)) != -1 or parts.output(1):
+    if int(parts.numeric("axis", -1)) != -1 or parts.output(1):
         return False
     epsilon = _epsilon(parts, NORMALIZATION_EPSILON)
     _scaled(parts, parts.input(0), (parts.input(1), ""), epsilon, parts.output(0))
