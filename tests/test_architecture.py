@@ -50,6 +50,7 @@ TABLES = ("graph/ops/", "recovery/operators/")
 
 
 @cache
+@cache
 def _modules() -> dict[str, ast.Module]:
     """Return the parsed modules of the package by path."""
     paths = sorted(PACKAGE.rglob("*.py"))

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto
+from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto, numpy_helper
 
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.printable import shortened
 from onnx_oamip.graph import computed_constants, external_data, subgraphs
 from onnx_oamip.graph.ops import kinds
 
@@ -137,7 +138,12 @@ def inferred(proto: ModelProto) -> GraphProto:
 
     Returns:
         Its graph with inferred shapes.
+
+    Raises:
+        ModelError: A node asks for a tensor with a negative length, of which a slice would end the process.
     """
+    for graph in subgraphs.graphs(proto.graph):
+        _check_lengths(graph)
     plain = onnx.shape_inference.infer_shapes(proto).graph
     filled = {
         name
@@ -153,6 +159,33 @@ def inferred(proto: ModelProto) -> GraphProto:
             if listed and len(kind.shape.dim) == 1 and kind.shape.dim[0].dim_value > LONGEST:
                 return plain
     return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+
+
+def _check_lengths(graph: GraphProto) -> None:
+    """Raises ModelError for a node whose shape is a constant with a negative length, or is joined from one."""
+    constants = [(tensor.name, tensor) for tensor in graph.initializer]
+    for node in graph.node:
+        if node.op_type in kinds.CONSTANT:
+            constants.extend((node.output[0], attribute.t) for attribute in node.attribute)
+    negative = {name for name, tensor in constants if _is_negative_list(tensor)}
+    for node in graph.node:
+        if node.op_type in kinds.CONCATENATION and negative.intersection(node.input):
+            negative.update(node.output)
+    for node in graph.node:
+        slot = 0 if node.op_type in kinds.FILL else 1 if node.op_type in kinds.EXPANSION else None
+        if slot is not None and len(node.input) > slot and node.input[slot] in negative:
+            raise ModelError(
+                f"{node.op_type} '{shortened(node.name)}' asks for a tensor with a negative length, by "
+                f"'{shortened(node.input[slot])}'; export the model again."
+            )
+
+
+def _is_negative_list(tensor: TensorProto) -> bool:
+    if tensor.data_type != TensorProto.INT64 or len(tensor.dims) != 1 or tensor.dims[0] > LONGEST:
+        return False
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return False
+    return bool((numpy_helper.to_array(tensor) < 0).any())
 
 
 def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]:

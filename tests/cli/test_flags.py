@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,18 +39,21 @@ def _docstrings(tree: ast.AST) -> set[ast.AST]:
     return {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
 
 
-def _texts(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def _texts(path: Path) -> list[tuple[int, str]]:
     """(line, text) of every string of a module but its docstrings; values in an f-string are ``{}``."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = _docstrings(tree)
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             skipped.update(ast.walk(node))
             parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
-            yield node.lineno, "".join(parts)
+            found.append((node.lineno, "".join(parts)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
-            yield node.lineno, node.value
+            found.append((node.lineno, node.value))
+    return found
 
 
 MODULES = sorted(

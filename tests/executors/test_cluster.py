@@ -237,7 +237,9 @@ def test_thread_executor_shares_the_object_between_tasks() -> None:
 # --------------------------------------------------------------------------------------------------- workers that go
 
 
-@pytest.mark.parametrize("count", [1, 2], ids=["one", "all"])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1, id="one", marks=pytest.mark.slow), pytest.param(2, id="all")]
+)
 def test_losing_workers_does_not_change_the_plan(
     place: Path, local: Any, address: str, count: int
 ) -> None:

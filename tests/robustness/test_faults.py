@@ -58,10 +58,12 @@ LOSE_WORKERS = ("score", "sensitivity")
 """Stages that lose a worker in the default tier: the others are spread by the same executor."""
 ALWAYS = ("load", "calibrate", "decoupled", "plan", "refit", "write")
 """Stages that meet a lack of memory in the default tier: it is the same exception at all."""
+FILLED = (*ALWAYS, "rename")
+"""Stages that meet a full disk in the default tier; what each leaves in the cache, the killed runs show."""
 
 
 def in_default_tier(name: str, fault: str) -> bool:
-    stages = {"memory": ALWAYS, "worker": LOSE_WORKERS}.get(fault, tuple(STAGES))
+    stages = {"memory": ALWAYS, "disk": FILLED, "worker": LOSE_WORKERS}.get(fault, tuple(STAGES))
     return name in stages
 
 

@@ -354,6 +354,23 @@ def _many_axes() -> ModelProto:
     return proto
 
 
+def _negative_length() -> ModelProto:
+    """A slice of an axis to which a list gives a negative length."""
+    proto = _simple()
+    for name, values in (("less", [-1]), ("eight", [8]), ("zero", [0])):
+        proto.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], values))
+    proto.graph.initializer.append(helper.make_tensor("one", TensorProto.FLOAT, [1, 8], [0.0] * 8))
+    proto.graph.node[1].CopyFrom(helper.make_node("Add", ["a", "cut"], ["h"]))
+    added = (
+        helper.make_node("Concat", ["less", "eight"], ["size"], axis=0),
+        helper.make_node("Expand", ["one", "size"], ["wide"]),
+        helper.make_node("Slice", ["wide", "zero", "less", "zero"], ["cut"]),
+    )
+    for node in reversed(added):
+        proto.graph.node.insert(0, node)
+    return proto
+
+
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
     "functions that double": (_doubling, "once its functions are inlined"),
@@ -374,6 +391,7 @@ BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "range": (_large("Range", ["none", "end", "step"]), "asks for 8.0 TiB of memory"),
     "tile": (_large("Tile", ["one", "shape"]), "asks for 8.0 TiB of memory"),
     "pad": (_large("Pad", ["one", "pads"]), "asks for 8.0 TiB of memory"),
+    "negative length": (_negative_length, "asks for a tensor with a negative length, by 'size'"),
     "many axes": (_many_axes, "attribute 'axis' of LayerNormalization"),
     "empty branch": (_empty_branch, "has 1 outputs, and its then_branch gives 0"),
 }
