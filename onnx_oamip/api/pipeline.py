@@ -233,7 +233,7 @@ def score(
     mask_file = None
     if save_mask is not None:
         keep_maps.check_mask(settings.importance, mask_threshold)
-        mask_file = check_output(path, save_mask, (source, output), "--save-mask")
+        mask_file = check_output(path, save_mask, (source, output), "`save_mask`")
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
     check_solutions_read(settings, found.programs)
     model = context.model

@@ -26,6 +26,7 @@ FLAGS = {
     if option.startswith("--")
 }
 SHOWS_COMMANDS = {
+    "reporting/command_lines.py": "writes the command that repeats a run",
     "reporting/html/page.py": "writes the command that repeats a run",
     "reporting/tables/__init__.py": "is read on a terminal only",
     "reporting/tables/parts.py": "is read on a terminal only",
