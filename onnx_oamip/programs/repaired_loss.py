@@ -160,12 +160,20 @@ class Repaired:
             count: Sum of the keep variables.
             rounds: Number of moves.
         """
-        keep = _equal_shares(free, count)
+        keep = None
         for move in range(rounds):
-            keep = self._alternate(keep, free, count, TURNS_PER_ROUND)
+            keep = self.relax(free, count, TURNS_PER_ROUND, start=keep)
             self._enlarge(free, keep, step=2 / (move + 2))
 
-    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+    def relax(
+        self,
+        free: Bools,
+        count: int,
+        steps: int,
+        *,
+        kept: Bools | None = None,
+        start: Floats | None = None,
+    ) -> Floats:
         """Approximate the optimum of the relaxation by alternating minimisation.
 
         In turns the best V for the keep variables and the best keep variables for that V, which share the count in
@@ -175,17 +183,25 @@ class Repaired:
             free: Units that may be kept (units,).
             count: Sum of the keep variables.
             steps: Number of turns.
+            kept: Units that are kept in any case, a subset of the free ones (units,).
+            start: Keep variables to start from (units,), None for equal ones.
 
         Returns:
             Keep variables in [0, 1] (units,).
         """
-        return self._alternate(_equal_shares(free, count), free, count, steps)
+        if kept is None:
+            kept = np.zeros(len(free), bool)
+        weight = np.ones(len(free)) if start is None else start
+        keep = kept + _shares(weight, free & ~kept, count - int(kept.sum()))
+        return self._alternate(keep, free, kept, count, steps=steps)
 
     def _alternate(
         self,
         keep: Floats,
         free: Bools,
+        kept: Bools,
         count: int,
+        *,
         steps: int,
     ) -> Floats:
         for _ in range(steps):
@@ -193,7 +209,7 @@ class Repaired:
             for fit in self._fits(keep):
                 per_column = fit.perspective * fit.column_energy()
                 square += per_column[fit.consumer.columns].sum(axis=1) / fit.consumer.scale
-            keep = _shares(np.sqrt(square), free, count)
+            keep = kept + _shares(np.sqrt(square), free & ~kept, count - int(kept.sum()))
         return keep
 
     def _enlarge(self, free: Bools, keep: Floats, step: float) -> None:
@@ -280,11 +296,6 @@ class _SweptConsumer:
         self.outputs -= outputs @ scaled
         self.outputs[:, columns] = sign * (outputs @ inverse)
         self.kept[unit] = not self.kept[unit]
-
-
-def _equal_shares(free: Bools, count: int) -> Floats:
-    """The same keep variable for every free unit."""
-    return np.asarray(free * (count / free.sum()), np.float64)
 
 
 def _total_worth(states: Sequence[_SweptConsumer]) -> Floats:

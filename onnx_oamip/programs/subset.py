@@ -85,13 +85,23 @@ class Loss(Protocol):
         """
         ...
 
-    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+    def relax(
+        self,
+        free: Bools,
+        count: int,
+        steps: int,
+        *,
+        kept: Bools | None = None,
+        start: Floats | None = None,
+    ) -> Floats:
         """Approximate the optimum of the relaxation, where a tangent plane is most useful.
 
         Args:
             free: Units that may be kept (units,).
             count: Sum of the keep variables.
             steps: Largest number of steps.
+            kept: Units that are kept in any case, a subset of the free ones (units,).
+            start: Keep variables to start from (units,), None for equal ones.
 
         Returns:
             Keep variables in [0, 1] (units,).
@@ -201,7 +211,15 @@ class Quadratic:
             rounds: Without effect.
         """
 
-    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+    def relax(
+        self,
+        free: Bools,
+        count: int,
+        steps: int,
+        *,
+        kept: Bools | None = None,
+        start: Floats | None = None,
+    ) -> Floats:
         """Approximate the optimum of the relaxation by accelerated projected gradients.
 
         Source: Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems", SIAM
@@ -211,6 +229,8 @@ class Quadratic:
             free: Units that may be kept (units,).
             count: Sum of the keep variables.
             steps: Gradient steps, in multiples of ``QUADRATIC_STEPS``.
+            kept: Units that are kept in any case, a subset of the free ones (units,).
+            start: Keep variables to start from (units,), None for equal ones.
 
         Returns:
             Keep variables in [0, 1] (units,).
@@ -218,12 +238,16 @@ class Quadratic:
         convex = self.matrix - np.diag(self.diagonal)
         row_sums = np.abs(convex).sum(axis=1)
         lipschitz = 2 * max(float(row_sums.max()), 1e-30)
-        keep: Floats = free * (count / free.sum())
+        if kept is None:
+            kept = np.zeros(len(free), bool)
+        undecided = free & ~kept
+        rest = count - int(kept.sum())
+        keep = kept + _project(np.zeros(len(free)) if start is None else start, undecided, rest)
         ahead = keep
         momentum = 1.0
         for _ in range(QUADRATIC_STEPS * steps):
             gradient = -2.0 * (convex @ (1.0 - ahead)) - self.diagonal
-            after = _project(ahead - gradient / lipschitz, free, count)
+            after = kept + _project(ahead - gradient / lipschitz, undecided, rest)
             next_momentum = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
             ahead = after + (momentum - 1) / next_momentum * (after - keep)
             keep = after

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_oamip.core.records import Bools, Floats
+from onnx_oamip.programs.branching import Searched, plane_bound, search
 from onnx_oamip.programs.diagonal_split import separable
 from onnx_oamip.programs.repaired_loss import (
     LinearConsumer,
@@ -761,3 +762,88 @@ def test_separable_part_does_not_depend_on_the_scale_of_its_worth(scale: float) 
     rows = rng.standard_normal((30, 6))
     q, worth = rows.T @ rows, rng.uniform(0.5, 2, 6)
     np.testing.assert_allclose(separable(q, scale * worth), separable(q, worth), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ branch and bound
+
+
+def searched(loss: Loss, free: Bools, count: int, nodes: int, gap: float = 0.0) -> Searched:
+    return search(
+        loss,
+        free,
+        loss.narrow(free, count, 0),
+        relaxed=loss.relax(free, count, 8),
+        nodes=nodes,
+        gap=gap,
+        is_over=lambda: False,
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("seed", range(2))
+def test_search_finds_the_best_set_and_proves_it(name: str, seed: int) -> None:
+    loss = losses_of(seed)[name]
+    free = everything(7)
+    free[: 2 * seed] = False
+    best = least(loss, free, 3)
+    found = searched(loss, free, 3, nodes=1_000)
+    assert found.keep.sum() == 3
+    assert not (found.keep & ~free).any()
+    assert loss_at(loss, found.keep) == pytest.approx(found.value, rel=1e-12)
+    assert found.value == pytest.approx(best, rel=1e-9)
+    assert found.bound == pytest.approx(best, rel=1e-9)
+    # No more nodes than there are sets, each of which ends at most one branch, and their parents.
+    assert found.nodes <= 2 * sum(1 for _ in sets(free, 3)) - 1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bound_of_a_search_rises_with_its_nodes(name: str) -> None:
+    loss = losses_of(3)[name]
+    free = everything(7)
+    best = least(loss, free, 3)
+    bounds = []
+    for nodes in (1, 3, 7, 15, 1_000):
+        found = searched(loss, free, 3, nodes)
+        assert found.nodes <= nodes + 1
+        assert found.bound <= best * (1 + 1e-9)
+        assert found.value >= best * (1 - 1e-9)
+        bounds.append(found.bound)
+    assert bounds[0] == pytest.approx(plane(loss, loss.relax(free, 3, 8), free, 3), rel=1e-9)
+    assert (np.diff(bounds) >= -1e-12).all()
+    assert bounds[-1] > bounds[0]
+    assert searched(loss, free, 3, 1_000, gap=1.0).nodes == 1
+
+
+def test_search_ends_when_it_is_told() -> None:
+    loss = losses_of(1)["repaired"]
+    first = loss.narrow(everything(7), 3, 0)
+    answers = iter([False, False, True])
+    found = search(
+        loss,
+        everything(7),
+        first,
+        relaxed=loss.relax(everything(7), 3, 8),
+        nodes=1_000,
+        gap=0.0,
+        is_over=lambda: next(answers),
+    )
+    assert found.nodes == 5
+    assert found.bound < found.value
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_relaxation_with_kept_units_bounds_the_sets_that_contain_them(name: str) -> None:
+    loss = losses_of(2)[name]
+    free = everything(7)
+    free[6] = False
+    kept = np.arange(7) == 2
+    start = loss.relax(free, 4, 4)
+    for origin in (None, start):
+        found = loss.relax(free, 4, 6, kept=kept, start=origin)
+        assert found[2] == 1
+        assert found[6] == 0
+        assert found.sum() == pytest.approx(4, rel=1e-9)
+        best = min(loss_at(loss, keep) for keep in sets(free, 4) if keep[2])
+        bound = plane_bound(loss, found, free, kept, 4)
+        assert bound <= min(best, whole(loss, found)) + 1e-12
+        assert bound >= 0.2 * best

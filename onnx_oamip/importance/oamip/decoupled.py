@@ -37,6 +37,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.importance import activation, magnitude, obs
+from onnx_oamip.programs import branching
 from onnx_oamip.programs.program_files import ProgramFile, first_point_record
 from onnx_oamip.programs.repaired_loss import LinearConsumer, Repaired
 from onnx_oamip.programs.solvers import (
@@ -80,6 +81,10 @@ numbers do not depend on the machine."""
 RELATIVE_GAP = 0.01
 MAX_NODES = 1_000
 """Branch-and-bound nodes of one solve."""
+NODES_PER_UNIT = 3
+"""Nodes of the search on the relaxation for one share, for each unit of the group."""
+EVALUATIONS_PER_NODE = 12
+"""Evaluations of the loss that are allowed for each of these nodes: they take half of them."""
 MAX_LISTED_GROUPS = 3
 """Groups that a note lists by name."""
 MIN_SCALE = 1e-30
@@ -388,7 +393,7 @@ def _improve(
     evaluations: float,
     deadline: float,
 ) -> _Step:
-    """Improve a set by outer approximation.
+    """Improve a set by outer approximation, then by branch and bound on the relaxation.
 
     Tangent planes are added at the optimum of the relaxation, at the first set and at every solution. Each solution is
     rounded to a set and compared by its true loss.
@@ -440,6 +445,18 @@ def _improve(
         subset.tangent(keep)
         # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
         subset.tangent((keep + relaxed) / 2)
+    if best.value - bound > RELATIVE_GAP * best.value and time.perf_counter() < deadline:
+        searched = branching.search(
+            loss,
+            free,
+            best.keep,
+            relaxed=relaxed,
+            nodes=int(min(NODES_PER_UNIT * subset.units, evaluations / EVALUATIONS_PER_NODE)),
+            gap=RELATIVE_GAP,
+            is_over=lambda: time.perf_counter() >= deadline,
+        )
+        best.offer(searched.keep.astype(np.float64))
+        bound = max(bound, searched.bound)
     file.write(
         lambda: subset.program(free, best.count, best.keep),
         lambda: [*columns, "loss"],

@@ -63,6 +63,7 @@ def _few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups here are narrow: a few turns and rounds are as good as many."""
     monkeypatch.setattr(decoupled, "MAX_SEARCH_STEPS", 8)
     monkeypatch.setattr(decoupled, "MAX_SOLVES", 3)
+    monkeypatch.setattr(decoupled, "NODES_PER_UNIT", 1)
 
 
 def _settings(**values: Any) -> Settings:
