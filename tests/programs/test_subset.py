@@ -810,7 +810,9 @@ def test_bound_of_a_search_rises_with_its_nodes(name: str) -> None:
         bounds.append(found.bound)
     assert bounds[0] == pytest.approx(plane(loss, loss.relax(free, 3, 8), free, 3), rel=1e-9)
     assert (np.diff(bounds) >= -1e-12).all()
-    assert bounds[-1] > bounds[0]
+    assert bounds[-1] == pytest.approx(best, rel=1e-9)
+    # Without repair the split diagonal makes the relaxation nearly exact.
+    assert bounds[-1] > bounds[0] or name == "quadratic"
     assert searched(loss, free, 3, 1_000, gap=1.0).nodes == 1
 
 
