@@ -20,6 +20,7 @@ from tools.bench import (
     agree,
     calibration,
     cost,
+    critical,
     cuda,
     driver,
     latency,
@@ -521,3 +522,31 @@ def test_saved_rows_of_mechanisms_are_kept(tmp_path: Path) -> None:
     studies.store(tmp_path, mechanisms.STUDY, [row], mechanisms.COLUMNS, 3)
     assert mechanisms.saved(tmp_path, 3) == [row]
     assert mechanisms.saved(tmp_path, 4) == []
+
+
+def test_study_of_critical_units_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are saved one by one, kept for the same seed only, and end in the order of the table."""
+    made: list[tuple[str, str]] = []
+
+    def row(network: critical.Network, program: str, seed: int) -> studies.Row:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append((network.title, program))
+        return {"model": network.title, "program": program, "seconds": float(seed)}
+
+    monkeypatch.setattr(critical, "_row", row)
+    names = (critical.JOINT, "lenet5-mnist")
+    with pytest.raises(KeyboardInterrupt):
+        critical.run(tmp_path, 0, names)
+    assert [path.name for path in tmp_path.iterdir()] == ["critical-unfinished.json"]
+    first = made.copy()
+    made.clear()
+    text = critical.run(tmp_path, 0, names)
+    assert made == [(critical.JOINT, "exact"), ("lenet5-mnist", "decoupled")]
+    assert [path.name for path in tmp_path.iterdir()] == ["critical.json"]
+    record = json.loads((tmp_path / "critical.json").read_text())
+    keys = [(r["model"], r["program"]) for r in record["rows"]]
+    assert keys == [*first, *made]
+    assert text.count("\n| ") == 4

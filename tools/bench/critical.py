@@ -74,26 +74,29 @@ def run(
     mnist: Path | None = None,
 ) -> str:
     """A row per network and program."""
-    rows = _unfinished(out, seed)
-    known = {(row["model"], row["program"]) for row in rows}
+    found = _unfinished(out, seed)
+    order = []
     for network in _networks(out, names, mnist):
         for program in PROGRAMS if network.joint else ("decoupled",):
-            if (network.title, program) not in known:
-                rows.append(_row(network, program, seed))
-                store(out, UNFINISHED, rows, COLUMNS, seed, CLOCKED)
-    text = save(out, "critical", rows, COLUMNS, seed, CLOCKED)
+            key = (network.title, program)
+            order.append(key)
+            if key not in found:
+                found[key] = _row(network, program, seed)
+                store(out, UNFINISHED, list(found.values()), COLUMNS, seed, CLOCKED)
+    text = save(out, "critical", [found[key] for key in order], COLUMNS, seed, CLOCKED)
     (out / f"{UNFINISHED}.json").unlink(missing_ok=True)
     return text
 
 
-def _unfinished(out: Path, seed: int) -> list[Row]:
-    """Rows of a study with this seed that was stopped."""
+def _unfinished(out: Path, seed: int) -> dict[tuple[str, str], Row]:
+    """Rows of a study with this seed that was stopped, by network and program."""
     path = out / f"{UNFINISHED}.json"
     if not path.exists():
-        return []
+        return {}
     record = json.loads(path.read_text(encoding="utf-8"))
-    rows: list[Row] = record["rows"] if record["seed"] == seed else []
-    return rows
+    if record["seed"] != seed:
+        return {}
+    return {(row["model"], row["program"]): row for row in record["rows"]}
 
 
 def _networks(out: Path, names: tuple[str, ...], mnist: Path | None) -> Iterator[Network]:
