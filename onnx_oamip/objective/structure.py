@@ -317,7 +317,8 @@ class Graph:
         """
         rank = self.rank(tensor)
         if rank == 1 and self._is_one_row(tensor):
-            return 0
+            is_over_positions = self._varies(tensor) or self._channels(tensor, 0) == ONE_COLUMN
+            return None if is_over_positions else 0
         if rank is None or rank < 2:
             return None
         found = self._channels(tensor, 0)
@@ -341,11 +342,16 @@ class Graph:
             self.is_fixed and shape is not None and shape[0] > 1 and not self.counts_samples(tensor)
         )
 
+    def _varies(self, tensor: str) -> bool:
+        """Test for a vector that is a graph output whose length depends on the inputs."""
+        outputs = (port for port in self.model.outputs if port.name == tensor)
+        return any(dim in self.model.bindings for port in outputs for dim in port.dims)
+
     def _channels(self, tensor: str, depth: int) -> int | None:
         """The channel axis as the layers behind a tensor have it, ``ONE_COLUMN`` if they removed an only channel."""
         node = self.maker(tensor)
         shape = self.shape(tensor)
-        if node is None or shape is None or len(shape) < 2 or depth > DEPTH:
+        if node is None or not shape or depth > DEPTH:
             return None
         if node.op.endswith(kinds.CHANNELS_ON_AXIS_1):
             return 1

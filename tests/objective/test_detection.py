@@ -597,6 +597,25 @@ def test_squeezed_batch_leaves_the_channel_axis(
     assert term.assumption.startswith(f"output 'z' {shape} may hold" if shape else "")
 
 
+@pytest.mark.parametrize(
+    ("length", "tail"),
+    [
+        ("T", "h = Relu(l) s = MatMul(h, u) z = Reshape(s, flat)"),
+        ("6", "h = Relu(l) s = MatMul(h, u) z = Reshape(s, flat)"),
+        ("T", "z = ReduceMax <axes = [0, 2], keepdims = 0> (l)"),
+    ],
+)
+def test_squeezed_positions_are_no_classes(length: str, tail: str, tmp_path: Path) -> None:
+    """A vector of one number per position: its length varies, or a layer with one column is behind it."""
+    text = f"""(float[1, {length}, 4] x) => (float[{length}] z) <float[4, 5] w, float[5, 1] u,
+        int64[1] flat = {{-1}}> {{ l = MatMul(x, w) {tail} }}"""
+    objective = detect(load(build(text), tmp_path, {"T": 6}))
+    term = only(objective)
+    assert (term.kind, term.axis) == ("values", None)
+    assert term.rows(np.arange(6.0)).shape == (6, 1)
+    assert "`outputs=z=binary` says otherwise" in objective.notes[0]
+
+
 def test_label_belongs_to_a_vector_without_an_axis_of_samples(tmp_path: Path) -> None:
     text = """(float[1, 6] x) => (float[5] z) <float[6, 5] w, int64[1] zero = {0}> {
         l = MatMul(x, w) z = Squeeze(l, zero) }"""
