@@ -87,9 +87,7 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
         "kept at 0.7": _kept(runs[0]),
         "kept at 0.5": _kept(runs[1]),
         "least budget": least,
-        "bytes at 0.5": round(last["after"]["bytes"] / last["before"]["bytes"], 2)
-        if last
-        else None,
+        "bytes at 0.5": _bytes(runs[1]),
         "processor s": max(run.get("processor", 0) for run in made),
         "peak MiB": max(run.get("peak_mib", 0) for run in made),
         "remark": ". ".join(dict.fromkeys(remarks)).replace("|", "/") or None,
@@ -107,6 +105,13 @@ def _kept(run: Record | None) -> float | str | None:
     if run is None:
         return None
     return round(run["kept"], 3) if "kept" in run else str(run["status"])
+
+
+def _bytes(run: Record | None) -> float | None:
+    """Size of the pruned file over that of the original."""
+    if run is None or "kept" not in run:
+        return None
+    return round(run["after"]["bytes"] / run["before"]["bytes"], 2)
 
 
 def summary(found: Sequence[studies.Row]) -> list[str]:
