@@ -20,7 +20,7 @@ Where a node has few rows for its unknowns, as behind a pooling, augmented copie
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -314,8 +314,6 @@ class _Run:
                         self.targets,
                         copies=self.copies,
                     )
-                    for late_name in by_first[name].late:
-                        self.targets[late_name] = replace(self.targets[late_name], inputs=())
                 elif name in task.late:
                     shift_bias(cut, editor, place, self.frontier, self.targets[name])
                 if name in task.late or name not in by_first:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from onnx_oamip.core.records import Array, Fit, Floats
 from onnx_oamip.graph.linear_layers import Editor
@@ -23,7 +24,7 @@ def refit_family(
     editor: Editor,
     family: Family,
     frontier: Frontier,
-    targets: Mapping[str, Target],
+    targets: dict[str, Target],
     *,
     copies: Copied | None,
 ) -> tuple[Fit | None, list[str]]:
@@ -34,7 +35,7 @@ def refit_family(
         editor: The cut model, changed in place.
         family: The nodes in the original model.
         frontier: Activations of the cut model.
-        targets: Outputs of the nodes in the original model.
+        targets: Outputs of the nodes in the original model; their inputs are freed once they are read.
         copies: Augmented copies of the samples, if any.
 
     Returns:
@@ -51,6 +52,8 @@ def refit_family(
         use = use_of(
             cut, editor, place, source, target=targets[name], remarks=remarks, copies=copies
         )
+        if name in family.late:
+            targets[name] = replace(targets[name], inputs=())
         if use is None:
             return None, remarks
         layers.append(use.layer)
