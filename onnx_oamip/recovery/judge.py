@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+from scipy.stats import rankdata
 
 from onnx_oamip.core.records import Array, Floats, Measure, Model
 from onnx_oamip.core.records.objective import Objective
@@ -19,7 +20,8 @@ from onnx_oamip.objective import Measures, loss, sums
 LEAST_GAIN = 1e-3
 """Share of the loss by which it has to fall for a result to count as better."""
 ERRORS = 1.0
-"""Standard errors by which the mean difference of the samples has to exceed zero, so that noise is not taken."""
+"""Standard errors by which the differences of the samples have to exceed zero, so that noise is not taken: their mean,
+or their sum of signed ranks, which single samples with a large loss do not hide."""
 
 
 class Judge:
@@ -137,14 +139,22 @@ class Best:
         if not np.isfinite(self.loss):
             return False
         gains = self.start - self.losses
+        if gains.mean() <= LEAST_GAIN * float(self.start.mean()):
+            return False
         noise = ERRORS * float(gains.std()) / np.sqrt(gains.size)
-        return bool(gains.mean() > max(LEAST_GAIN * float(self.start.mean()), noise))
+        return bool(gains.mean() > noise) or _rank_errors(gains) > ERRORS
 
     @property
     def has_stalled(self) -> bool:
         """True if the last evaluations found nothing better."""
         steps = [step for step, _ in self.curve]
         return self.step in steps and len(steps) - 1 - steps.index(self.step) >= self.patience
+
+
+def _rank_errors(gains: Floats) -> float:
+    """Sum of the signed ranks of some differences over its standard error, as in Wilcoxon's test."""
+    ranks = rankdata(np.abs(gains))
+    return float((np.sign(gains) * ranks).sum() / np.sqrt((ranks**2).sum()))
 
 
 def written(proto: onnx.ModelProto, weights: Mapping[str, Array]) -> onnx.ModelProto:

@@ -77,6 +77,21 @@ def test_a_gain_on_one_sample_alone_is_noise() -> None:
     assert not best.is_better
 
 
+def test_a_gain_of_most_samples_counts_beside_a_few_large_losses() -> None:
+    rng = np.random.default_rng(0)
+    start = np.full(100, 0.1)
+    start[:4] = 5.0  # their change is all noise
+    gains = rng.uniform(0.0, 0.02, 100)
+    gains[:4] = 1.0, -1.0, 1.2, -1.2
+    best = Best(start, 3)
+    best.offer(10, start - gains, {})
+    assert gains.mean() < gains.std() / 10
+    assert best.is_better
+    worse = Best(start, 3)
+    worse.offer(10, start - np.append(gains[:4], np.flip(-gains[4:])), {})
+    assert not worse.is_better
+
+
 def test_a_loss_that_is_no_number_is_never_best() -> None:
     best = Best(START, patience=2)
     best.offer(10, np.full(4, np.nan), {})

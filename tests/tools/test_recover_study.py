@@ -11,7 +11,7 @@ import pytest
 from graphs import build
 from onnx import numpy_helper
 
-from tools.bench import recover
+from tools.bench import recover, recover_operators, recover_peers
 
 TEXT = "(float[N, 4] image) => (float[N, 3] scores) <float[4, 3] w> { scores = MatMul(image, w) }"
 
@@ -70,3 +70,17 @@ def test_more_images_are_added_to_those_that_are_shipped(tmp_path: Path) -> None
     assert np.array_equal(found["input"][512:].reshape(2, -1), more.reshape(3, -1)[:2])
     assert "labels" not in found
     assert np.array_equal(found["eval.labels"], shipped["eval.labels"])
+
+
+def test_operators_are_grouped_by_the_bound_that_they_keep() -> None:
+    rows = recover_operators.banded({"Relu": 0.0, "Conv": 3e-7, "Add": 2e-7, "Cast": 1.0})
+    assert [(row["largest difference"], row["names"]) for row in rows] == [
+        ("0", "Relu"),
+        ("up to 1e-06", "Add, Conv"),
+        ("more than 1e-04", "Cast"),
+    ]
+
+
+def test_changed_initialisers_are_counted() -> None:
+    assert recover_peers._changed(linear(np.eye(4, 3)), linear(np.eye(4, 3))) == 0
+    assert recover_peers._changed(linear(np.eye(4, 3)), linear(np.ones((4, 3)))) == 1

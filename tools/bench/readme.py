@@ -167,11 +167,40 @@ TEXT = {
     "recover": (
         "Recovery without labels",
         (
-            "`recover` behind the default pruning: trained on the same 512 unlabelled calibration images, a fifth of "
-            "which judges, with the original as the teacher. Accuracy and agreement with the original's first answer "
-            "in percent, divergence from its answers in nats, all on images that no step has seen. Every training is "
-            "done in two parts, the second starts from the result of the first; by blocks are the steps of their first "
-            "phases, in which no gradient passes the end of a block."
+            "`apply --recover` from the plan of the default pruning, beside the same plan with the refit alone, on the "
+            "same unlabelled images: the 512 that are shipped, and training images more. The recovery holds a fifth of "
+            "them out of refit and training, and judges by it; the original is the teacher. Accuracy and agreement "
+            "with the original's first answer in percent, divergence from its answers in nats, all on images that no "
+            "step has seen. By blocks are the steps of the first phase, in which no gradient passes the end of a block."
+        ),
+    ),
+    "recover-onnxsim": (
+        "Recovery beside onnxsim's finetune",
+        (
+            "One pruned transformer with its weights as they were, and by onnxsim's `apply_pruning_finetune`, by the "
+            "refit, and by the recovery. onnxsim repairs the layers whose rows or columns alone were cut."
+        ),
+    ),
+    "recover-wild": (
+        "Recovery of models from the wild",
+        (
+            "Pruned by the default command to half the MACs on 64 samples, without and with `--recover`. Kept is the "
+            "share of the model's own task. Processor time and memory are those of pruning and recovery together."
+        ),
+    ),
+    "recover-step": (
+        "Cost of a step of the recovery",
+        (
+            "A training step of the recovery, and one of the same network written by hand in plain torch: processor "
+            "time, medians of steps in turn, one thread. That of the recovery also compares features, pulls weights "
+            "to their start and averages them."
+        ),
+    ),
+    "recover-operators": (
+        "Operators of the recovery",
+        (
+            "Largest difference of torch's outputs from ONNX Runtime's, over the largest value of the output, in the "
+            "graphs of the tests. Only the parts of a network that agree are trained."
         ),
     ),
     "calibration": (
@@ -257,7 +286,11 @@ TEXT = {
 }
 """Title and text of every study and of its summaries (``study-...``), in the order of the page."""
 
-OTHERS = {"wild": "tools.wild run", "handover": "tools.wild handover"}
+OTHERS = {
+    "wild": "tools.wild run",
+    "recover-wild": "tools.wild recovered",
+    "handover": "tools.wild handover",
+}
 """Studies of other tools, with their commands."""
 
 SHOWN = {
@@ -356,7 +389,7 @@ def _environment(record: dict[str, Any]) -> str:
 
 def _again(record: dict[str, Any]) -> str:
     study = record["study"].partition("-")[0]
-    command = OTHERS.get(study, f"tools.bench {study}")
+    command = OTHERS.get(record["study"], f"tools.bench {study}")
     return f"`python -m {command}`, seed {record['seed']}; {_environment(record)}."
 
 
