@@ -395,7 +395,7 @@ def test_recovered_files_stand_beside_unrecovered_ones(
     trained = record | {"kept": 0.9, "recovery": recovery}
     (folders[1] / "toy-0.5.json").write_text(json.dumps(trained))
     assert "0.5000 | 0.2500 | 9 | none" in table.write_recovered(listed, *folders, tmp_path)
-    (row,) = json.loads((tmp_path / "recover-wild.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "wild-recovered.json").read_text())["rows"]
     assert (row["kept"], row["kept recovered"]) == (0.8, 0.9)
 
 

@@ -181,13 +181,6 @@ TEXT = {
             "refit, and by the recovery. onnxsim repairs the layers whose rows or columns alone were cut."
         ),
     ),
-    "recover-wild": (
-        "Recovery of models from the wild",
-        (
-            "Pruned by the default command to half the MACs on 64 samples, without and with `--recover`. Kept is the "
-            "share of the model's own task. Processor time and memory are those of pruning and recovery together."
-        ),
-    ),
     "recover-step": (
         "Cost of a step of the recovery",
         (
@@ -266,6 +259,13 @@ TEXT = {
             "output."
         ),
     ),
+    "wild-recovered": (
+        "Recovery of models from the wild",
+        (
+            "Pruned by the default command to half the MACs on 64 samples, without and with `--recover`. Kept is the "
+            "share of the model's own task. Processor time and memory are those of pruning and recovery together."
+        ),
+    ),
     "handover": (
         "Hand-over to other tools",
         (
@@ -286,11 +286,7 @@ TEXT = {
 }
 """Title and text of every study and of its summaries (``study-...``), in the order of the page."""
 
-OTHERS = {
-    "wild": "tools.wild run",
-    "recover-wild": "tools.wild recovered",
-    "handover": "tools.wild handover",
-}
+OTHERS = {"wild": "tools.wild run", "handover": "tools.wild handover"}
 """Studies of other tools, with their commands."""
 
 SHOWN = {
@@ -389,7 +385,7 @@ def _environment(record: dict[str, Any]) -> str:
 
 def _again(record: dict[str, Any]) -> str:
     study = record["study"].partition("-")[0]
-    command = OTHERS.get(record["study"], f"tools.bench {study}")
+    command = OTHERS.get(study, f"tools.bench {study}")
     return f"`python -m {command}`, seed {record['seed']}; {_environment(record)}."
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     step = steps.add_parser("recovered")
     step.add_argument("--out", type=Path, required=True, help="folder of records without recovery")
     step.add_argument("--recovered", type=Path, required=True, help="folder of records with it")
-    step.add_argument("--study", type=Path, help="folder to write the study recover-wild.json to")
+    step.add_argument("--study", type=Path, help="folder to write the study wild-recovered.json to")
     step = steps.add_parser("handover")
     step.add_argument(
         "--modules", type=Path, required=True, help="folder node_modules with onnxruntime-web"

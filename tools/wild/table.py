@@ -187,7 +187,7 @@ def write_recovered(
         manifest: The files.
         out: Folder of records without a recovery.
         recovered: Folder of records with one.
-        study: Folder to save the study ``recover-wild`` to.
+        study: Folder to save the study ``wild-recovered`` to.
 
     Returns:
         The table.
@@ -198,7 +198,7 @@ def write_recovered(
         if before and after and "recovery" in after:
             found.append(_recovered_row(entry, before, after))
     if study is not None:
-        studies.store(study, "recover-wild", found, RECOVERED, SEED, CLOCKED)
+        studies.store(study, "wild-recovered", found, RECOVERED, SEED, CLOCKED)
     return studies.table(found, RECOVERED)
 
 
