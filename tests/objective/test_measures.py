@@ -109,6 +109,7 @@ def test_rare_classes_are_measured_by_recall() -> None:
     assert found.values["agreement"] == 0.99
     assert found.values["recall"] == pytest.approx(1 / 3)
     assert found.values["precision"] == 1.0
+    assert found.values["positives"] == pytest.approx(3 / 200)
     assert found.values["background"] == 0
     assert found.measure == "recall of all decisions but class 0"
     assert found.lost == pytest.approx(200 / 3)

@@ -864,3 +864,10 @@ def test_shares_and_limits_convert_both_ways() -> None:
     assert allocation.Limits({"macs": 1.0}).least(Cost(1, 1, 1)) == {}
     nothing = allocation.limits(Budget(macs=0.5), Cost(0, 0, 0), 0)
     assert nothing.least(Cost(3, 0, 0)) == {"macs": 3.0}
+
+
+def test_full_widths_need_not_be_multiples_of_the_step() -> None:
+    full, step = np.asarray([8, 5, 10, 7]), np.asarray([4, 4, 4, 1])
+    np.testing.assert_array_equal(
+        allocation._snap(np.asarray([7, 5, 9, 6]), step, full), [4, 5, 8, 6]
+    )

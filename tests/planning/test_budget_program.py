@@ -604,6 +604,37 @@ def test_greedy_plan_takes_back_steps_that_cost_nothing() -> None:
     assert unpolished
 
 
+def test_greedy_steps_lose_least_for_what_they_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is that of an enumeration of all narrower widths of single groups."""
+    monkeypatch.setattr(budget_program, "_polish", lambda _, level: level)
+    _, coupling, ledger = net("concat")
+    full = full_widths(coupling)
+    steps = 0
+    for seed in range(6):
+        ladder = random_ladder(full, seed)
+        target = shares(ledger.cost(full), {"params"}, 0.5)
+        budget = budget_program._Budget.of(ledger, ladder, target, ())
+        level = budget.widest.copy()
+        while not budget.holds(level):
+            before = budget.widths(level)
+            saved = budget.costs.gradient(before)
+            choices = [
+                (
+                    (ladder.cost[g][lower] - ladder.cost[g][level[g]])
+                    / (float((saved / budget.scale[:, None])[0, g]) * (before[g] - width)),
+                    g,
+                    lower,
+                )
+                for g in range(len(full))
+                for lower, width in enumerate(ladder.widths[g][: level[g]])
+            ]
+            _, group, lower = min(choices)
+            level[group] = lower
+            steps += 1
+        np.testing.assert_array_equal(budget_program._greedy(budget), level)
+    assert steps > 6
+
+
 def test_infeasible_program_names_the_limit() -> None:
     _, coupling, ledger = net("dense")
     ladder = random_ladder(full_widths(coupling), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -17,6 +18,7 @@ from network_texts import CNN as TEXT
 from onnx_oamip import (
     apply,
     couple,
+    document,
     frontier,
     plan,
     prune,
@@ -116,6 +118,26 @@ def test_every_method_gives_the_same_bytes_for_any_division_of_work(
         for divided in FEW_DIVIDED
     }
     assert len(found) == 1
+
+
+def test_document_does_not_depend_on_the_division_of_work(tmp_path: Path) -> None:
+    """All of the JSON but times, the division itself, and the last digits of a sum over batches."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    images = np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)
+    arrays = {"image": images, "labels": np.arange(90) % 5}
+    texts, errors = set(), []
+    for divided in FEW_DIVIDED:
+        settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, **divided)
+        found = document(prune(path, arrays, tmp_path / "out.onnx", settings))
+        assert found.pop("timings")
+        assert {key: found["settings"].pop(key) for key in divided} == divided
+        for program in found["programs"]:
+            assert program.pop("seconds") >= 0
+        errors.append(found["verification"].pop("output_relative_error"))
+        texts.add(json.dumps(found))
+    assert len(texts) == 1
+    assert errors == pytest.approx([errors[0]] * len(errors), rel=1e-12)
 
 
 def test_every_command_is_reproducible(tmp_path: Path) -> None:
