@@ -123,9 +123,11 @@ def _watch(read_end: int, done: threading.Event, codes: Set[int]) -> None:
 
 
 def _end_process(code: int) -> None:
-    """End the process without unwinding: remove its temporary folders; files that were renamed already are complete."""
+    """End the process, its children and its temporary folders without unwinding; renamed files are complete."""
     from onnx_oamip.core.atomic_files import remove_all
+    from onnx_oamip.core.child_processes import kill_all
 
+    kill_all()
     remove_all()
     with suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), f"Error: {ENDINGS[code]}.\n".encode())

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_oamip.core import atomic_files
+from onnx_oamip.core import atomic_files, child_processes
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Floats, Latency
 from onnx_oamip.data.dataset import Samples
@@ -475,15 +475,12 @@ def peak_memory(
         paths = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
         code = f"import sys; from {__name__} import weigh; weigh(sys.argv[1])"
         try:
-            done = subprocess.run(
+            printed = child_processes.run(
                 [sys.executable, "-c", code, str(job)],
-                capture_output=True,
-                text=True,
                 timeout=MEMORY_TIMEOUT,
-                check=True,
                 env={**os.environ, "PYTHONPATH": paths},
             )
-            return int(done.stdout.split()[-1])
+            return int(printed.split()[-1])
         except (subprocess.SubprocessError, OSError, ValueError, IndexError):
             return None
 
