@@ -144,7 +144,9 @@ class Blocks(Sequences):
             return self.activate(x)
         low = self.pick(c - 2)
         high = low + 1 + self.pick(c - low)
-        start, stop = (low, high) if self.pick(2) else (low - c, high - c if high < c else 2**31 - 1)
+        start, stop = (
+            (low, high) if self.pick(2) else (low - c, high - c if high < c else 2**31 - 1)
+        )
         return self.slice(x, start, stop, 1, (high - low, h, w))
 
     def block_pad_shortcut(self, x: Value) -> Value:

@@ -50,6 +50,7 @@ STUDIES = (
     "cost",
     "resume",
     "memory",
+    "limits",
     "recover",
     "finetune",
     "cuda",

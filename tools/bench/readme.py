@@ -235,6 +235,13 @@ TEXT = {
             "alone. The ratio is that of the most samples to the fewest."
         ),
     ),
+    "limits": (
+        "Memory by limit",
+        (
+            "Peak memory of `prune --macs 0.5 --max-memory 1GB` on 64 samples, libraries among it, of shipped networks "
+            "and of networks with random weights that are wide, deep or long."
+        ),
+    ),
     "coverage": (
         "Architectures",
         (
