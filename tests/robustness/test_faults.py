@@ -268,8 +268,10 @@ def _no_time(task: Path, stage: Stage) -> None:
 
         _begun(patch, stage, put(late), put(real))
         report = go(task, **stage.values)
-    records = _records(report, stage)
-    assert {(p["status"], p["limit"]) for p in records} == {("feasible", "time")}
+    ends = {(p["status"], p["limit"]) for p in _records(report, stage)}
+    # The search on the relaxation of a decoupled program needs no solver, and may prove what it finds.
+    assert ends in ({("feasible", "time")}, {("optimal", None)})
+    assert ends == {("feasible", "time")} or "oamip" in stage.values.values()
     assert (task / "out.onnx").read_bytes() != OLD
     assert report.after.macs <= 0.5 * report.before.macs
 

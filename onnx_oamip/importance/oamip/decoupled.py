@@ -487,7 +487,9 @@ def _record(
         status = Termination.OPTIMAL
     else:
         status = Termination.FEASIBLE
-    limits = [solution.limit.value for solution in solutions if solution.limit is not None]
+    limits: list[str] = []
+    if status is not Termination.OPTIMAL:  # what the search has proven needs no solver
+        limits = [solution.limit.value for solution in solutions if solution.limit is not None]
     solvers = dict.fromkeys(solution.solver for solution in solutions)
     return {
         "purpose": "importance",
