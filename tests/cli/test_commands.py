@@ -270,7 +270,7 @@ def test_prune_document_lists_groups_and_skipped_axes(pruned: Pruned) -> None:
     groups = pruned.document["groups"]
     assert [(g["name"], g["units"]) for g in groups] == [("fc1.weight", 300), ("fc2.weight", 100)]
     for group in groups:
-        assert set(group) == {"name", "units", "kept", "level", "score"}
+        assert set(group) == {"name", "units", "kept", "level", "rotated", "score"}
         assert group["level"] == group["kept"] / group["units"]
         assert group["score"]["min"] <= group["score"]["mean"] <= group["score"]["max"]
     skipped = pruned.document["skipped"]
@@ -738,7 +738,7 @@ def test_quiet_prints_nothing(run: Run, place: Path) -> None:
 def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
         "--params 0.9 --size 95% --latency 100% --latency-table t.csv --max-drop 99 --importance l2 "
-        "--allocate mip --effort high "
+        "--allocate mip --effort high --rotate none "
         "--refit none --align 4 "
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
         "--op-library a.so --op-library b.so "
@@ -766,6 +766,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "draws": 1,
         "allocate": "mip",
         "effort": "high",
+        "rotate": "none",
         "refit": "none",
         "recover": "30s",
         "augment": "none",

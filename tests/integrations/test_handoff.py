@@ -52,7 +52,8 @@ def pruned(name: str, data_file: str, folder: Path) -> tuple[Path, Samples, Samp
     source, out = MODELS / f"{name}.onnx", folder / f"{name}.onnx"
     settings = Settings.create(macs=0.5, importance="l2", allocate="uniform", align=4)
     model, whole = load(source), dict(np.load(MODELS / data_file))
-    few = {k: v[:256] if v.ndim else v for k, v in whole.items()}
+    counts = {name: 1024 if name.startswith("eval.") else 256 for name in whole}
+    few = {name: v[: counts[name]] if v.ndim else v for name, v in whole.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         prune(source, few, out, settings)

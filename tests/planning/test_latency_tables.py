@@ -19,7 +19,7 @@ from onnx_oamip.cli import main
 from onnx_oamip.core.records import Coupling, Model
 from onnx_oamip.graph.cost import full_widths, ledger
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.planning import latency_tables, search
+from onnx_oamip.planning import latency_search, latency_tables
 from onnx_oamip.planning.latency_model import Measurement
 from onnx_oamip.verification.latency import Ratio, Step
 
@@ -144,7 +144,7 @@ SLOW_LAST = table((FULL, 10.0, {"first": 0.01, "second": 0.01, "last": 9.5}))
 def test_plan_follows_the_device_of_the_table(
     proto: onnx.ModelProto, write: Callable[[object], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "profile", lambda *_, **__: pytest.fail("it was timed here"))
+    monkeypatch.setattr(latency_search, "profile", lambda *_, **__: pytest.fail("it was timed here"))
     images = np.random.default_rng(0).standard_normal((40, 1, 6, 6)).astype(np.float32)
     kept = {}
     for name, content in (("first", SLOW_FIRST), ("last", SLOW_LAST)):
