@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from graphs import ATTENTION, CNN, RESIDUAL, assert_exact, build, distance, feed, load, random_keep
 from hypothesis import given, settings
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 from random_networks import Network, networks
 
 from onnx_oamip.core.records import Model
@@ -33,6 +33,9 @@ BOTTLENECKS = """(float[N,3,6,6] x) => (float[N,4] y)
     f = Flatten(g)
     y = MatMul(f, wy)
 }"""
+
+
+HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def _bases(streams: tuple[Stream, ...], seed: int = 0) -> list[tuple[Stream, Basis]]:
@@ -257,13 +260,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_random_networks_of_all_operators_compute_the_same_in_any_basis(folder: Path) -> None:
     seen = [0]
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=120, deadline=None, derandomize=True)
     @given(networks())
     def check(network: Network) -> None:
         model = load(network.proto, folder)
         streams, _ = linear_streams.find(model, couple(model))
         if streams:
-            assert _difference(model, linear_streams.rotated(model, _bases(streams))) < 1e-4
+            few_bits = any(w.data_type in HALF for w in network.proto.graph.initializer)
+            turned = linear_streams.rotated(model, _bases(streams))
+            assert _difference(model, turned) < (2e-3 if few_bits else 1e-5)
             seen[0] += len(streams)
 
     check()

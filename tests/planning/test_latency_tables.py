@@ -144,7 +144,9 @@ SLOW_LAST = table((FULL, 10.0, {"first": 0.01, "second": 0.01, "last": 9.5}))
 def test_plan_follows_the_device_of_the_table(
     proto: onnx.ModelProto, write: Callable[[object], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_search, "profile", lambda *_, **__: pytest.fail("it was timed here"))
+    monkeypatch.setattr(
+        latency_search, "profile", lambda *_, **__: pytest.fail("it was timed here")
+    )
     images = np.random.default_rng(0).standard_normal((40, 1, 6, 6)).astype(np.float32)
     kept = {}
     for name, content in (("first", SLOW_FIRST), ("last", SLOW_LAST)):
