@@ -25,6 +25,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -247,9 +248,11 @@ def watch(items: Sequence[pytest.Item], files: frozenset[str]) -> Seen:
     for i, item in enumerate(items):
         here.clear()
         began = time.process_time()
+        threading.settrace(call)  # work is spread over threads that start later
         sys.settrace(call)
         failed = _fails(item)
         sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
         if not failed:
             seconds[i] = time.process_time() - began
             for key in here:
