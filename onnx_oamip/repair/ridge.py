@@ -21,6 +21,8 @@ from onnx_oamip.statistics.layer_problems import similar_scale
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
 
+ROUNDING = 16 * float(np.finfo(np.float64).eps)
+"""Deviation from its mean, relative to it, up to which an input counts as constant."""
 BLOCK = 4096
 """Rows that are centred and multiplied at a time, which bounds the memory of the products."""
 
@@ -212,14 +214,34 @@ def normal_equations(
         mean = x[:, :last].mean(axis=1, keepdims=True) - near_mean
         mean_residual = residual[:, :last].mean(axis=1, keepdims=True)
         scaled_mean = last * mean.transpose(0, 2, 1)
-        normal[last] = (gram - scaled_mean @ mean, right - scaled_mean @ mean_residual)
+        centred, target = gram - scaled_mean @ mean, right - scaled_mean @ mean_residual
+        _clear_constants(centred, target, last * np.square(ROUNDING * near_mean[:, 0]))
+        normal[last] = (centred, target)
     return normal
+
+
+def _clear_constants(gram: Floats, right: Floats, least: Floats) -> None:
+    """Sets the equations of inputs that vary by no more than rounding to zero: their sums may have any sign.
+
+    Args:
+        gram: Centred Gram matrices (groups, d, d), changed in place.
+        right: Right sides (groups, d, outputs), changed in place.
+        least: Sums of squares (groups, d) that rounding alone leaves.
+    """
+    is_constant = np.einsum("gii->gi", gram) <= least
+    gram[is_constant] = 0
+    gram.transpose(0, 2, 1)[is_constant] = 0
+    right[is_constant] = 0
 
 
 def _dual(x: Floats, residual: Floats) -> Solve:
     # Subtracting a mean loses no digits in the products; that of the leading rows is subtracted from the products.
-    centred = x - x.mean(axis=1, keepdims=True)
-    divisors = similar_scale(np.einsum("grd,grd->gd", centred, centred))
+    mean = x.mean(axis=1, keepdims=True)
+    centred = x - mean
+    squares = np.einsum("grd,grd->gd", centred, centred)
+    is_constant = squares <= x.shape[1] * np.square(ROUNDING * mean[:, 0])
+    centred.transpose(0, 2, 1)[is_constant] = 0
+    divisors = similar_scale(np.where(is_constant, 0.0, squares))
     if divisors is not None:
         centred /= divisors[:, None]
     products = centred @ centred.transpose(0, 2, 1)

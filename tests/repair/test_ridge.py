@@ -180,3 +180,27 @@ def test_solve_ridge_does_not_depend_on_units_of_measure(scale: float, groups: i
     plain = ridge.solve_ridge(turned @ x, turned @ y, 1e-2)
     other = ridge.solve_ridge(scale * turned @ x, scale * turned @ y, 1e-2)
     np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids=["fewer rows than unknowns", "more rows"])
+@pytest.mark.parametrize("size", [1e-20, 1.1, 1e20])
+def test_input_that_varies_by_rounding_alone_gets_no_weight(rows: int, size: float) -> None:
+    """Centred sums of a constant are rounding errors of either sign, which no system may be solved with."""
+    rng = np.random.default_rng(0)
+    varying = rng.standard_normal((1, rows, 4))
+    constant = size * (1 + 1e-16 * rng.standard_normal((1, rows, 2)))
+    residual = varying[..., :1] + constant[..., :1] / size
+    split = rows - 1
+    fit = ridge.choose_ridge(
+        x := np.concatenate([constant, varying], axis=2),
+        residual,
+        split,
+        ridge.ridge_regression(x, residual, split),
+        [1e-6, 1e-4, 1e-2],
+    )
+    change = ridge.ridge_regression(x, residual, split)(split, 1e-6)
+    assert np.isfinite(change).all()
+    assert not change[0, :2].any()
+    assert np.isfinite(fit.shift).all()
+    if rows > split > x.shape[2]:
+        np.testing.assert_allclose(change[0, 2:, 0], [1, 0, 0, 0], atol=1e-3)
