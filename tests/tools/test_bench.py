@@ -507,7 +507,7 @@ def test_study_without_rows_is_no_result(tmp_path: Path) -> None:
 
 def test_mechanisms_are_left_out_and_alone() -> None:
     found = mechanisms.choices()
-    assert len(found) == 2 + 2 * len(mechanisms.OFF)
+    assert len(found) == 2 + 2 * len(mechanisms.OFF) - len(mechanisms.NEEDS)
     settings = {name: Settings.create(macs=0.5, **values) for name, values in found.items()}
     assert settings["all"].effort == "high"
     assert settings["all but copies"].augment == "none"

@@ -1,9 +1,9 @@
 """Worth of each mechanism: all of them, each left out, each alone, and none, at equal MACs.
 
 A mechanism that is off gives way to its simple form: orders by the norms of weights, the same share of every group, no
-refit, no augmented copies of images, losses measured once. Networks with labels are judged by accuracy,
-EfficientNet-Lite0 (``--larger DIR``, see ``larger``) by agreement with the original. Rows that are in the saved study
-are not made again, so that it can be made in parts.
+refit, no augmented copies of images, channels in place of principal components, losses measured once. Networks with
+labels are judged by accuracy, EfficientNet-Lite0 (``--larger DIR``, see ``larger``) by agreement with the original.
+Rows that are in the saved study are not made again, so that it can be made in parts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,16 @@ OFF: Mapping[str, Mapping[str, str]] = {
     "budget program": {"allocate": "uniform"},
     "refit": {"refit": "none"},
     "copies": {"augment": "none"},
+    "rotation": {"rotate": "none"},
     "second looks": {"effort": "normal"},
 }
 """Settings without a mechanism, by its name."""
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "copies": ("refit",),
+    "rotation": ("orders", "budget program", "refit"),
+    "second looks": ("budget program",),
+}
+"""Mechanisms without which another one does nothing: it is not shown alone."""
 ON: Mapping[str, str] = {"align": "1", "effort": "high"}
 """Settings with all mechanisms, where they are not the defaults."""
 COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", "divergence")
@@ -59,17 +66,18 @@ def choices() -> dict[str, dict[str, str]]:
     for name in OFF:
         found[f"all but {name}"] = _without([name])
     for name in OFF:
+        if name in NEEDS:
+            continue
         found[f"{name} alone"] = _without([other for other in OFF if other != name])
     found["none"] = _without(list(OFF))
     return found
 
 
 def _without(names: list[str]) -> dict[str, str]:
-    """Settings with some mechanisms off. Second looks choose widths by the budget program: off without it."""
-    if "budget program" in names and "second looks" not in names:
-        names = [*names, "second looks"]
+    """Settings with some mechanisms off, and those that do nothing without them."""
+    idle = [name for name, needed in NEEDS.items() if set(needed) & set(names)]
     settings = dict(ON)
-    for name in names:
+    for name in dict.fromkeys([*names, *idle]):
         settings.update(OFF[name])
     return settings
 
