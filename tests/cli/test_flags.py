@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete, get_completion_class
 from click.testing import CliRunner
 from conftest import ROOT
 from graphs import MLP, build
@@ -139,3 +140,25 @@ def test_help_names_options() -> None:
     shown = CliRunner().invoke(cli, ["score", "--help"], terminal_width=100).output
     assert "(see --alpha)" in " ".join(shown.split())
     assert "`" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "expected"),
+    [
+        ([], "pr", ["prune", "profile"]),
+        (["prune"], "--max-", ["--max-drop", "--max-loss", "--max-memory"]),
+        (["prune", "--effort"], "h", ["high"]),
+    ],
+)
+def test_shell_completes_commands_options_and_choices(
+    words: list[str], begun: str, expected: list[str]
+) -> None:
+    completion = ShellComplete(cli, {}, "onnx-oamip", "_ONNX_OAMIP_COMPLETE")
+    assert [item.value for item in completion.get_completions(words, begun)] == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_of_the_documentation_has_a_completion(shell: str) -> None:
+    assert get_completion_class(shell) is not None
+    options = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
+    assert f"_ONNX_OAMIP_COMPLETE={shell}_source onnx-oamip" in options.read_text("utf-8")
