@@ -112,6 +112,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def constant_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare no latencies: every pruned model takes half of the original's time."""
+    from onnx_oamip.api import proof
+    from onnx_oamip.verification.latency import Ratio
+
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_latency_gates() -> None:
     """Compare latencies for a moment in place of seconds: tests of the gate's verdict replace the measurement."""

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from onnx_oamip.api import doctor, proof
+from onnx_oamip.api import doctor
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import GateFailed
 from onnx_oamip.core.json_values import plain
 from onnx_oamip.programs import solvers
 from onnx_oamip.programs.solvers import SolverRecord
-from onnx_oamip.verification.latency import Ratio
 
-
-@pytest.fixture(autouse=True)
-def _fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def test_healthy_installation(

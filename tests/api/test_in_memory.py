@@ -46,9 +46,7 @@ FLAGS = [
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ import pytest
 from graphs import CNN, MLP, RESIDUAL, build, constants, feed
 
 from onnx_oamip import apply, document, frontier, plan, prune, score
-from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import prepare
 from onnx_oamip.core.errors import BudgetNotMet, OamipError, SettingsError
 from onnx_oamip.core.records import Array, Bools, Coupling, Floats, Model, Report
@@ -29,7 +28,6 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.verification.latency import Ratio
 
 Row = dict[str, Any]
 NETS = {"mlp": MLP, "cnn": CNN, "residual": RESIDUAL}
@@ -144,9 +142,7 @@ def name(row: Row) -> str:
     return " ".join(str(value) for value in row.values())
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def given(folder: Path, net: str) -> Path:

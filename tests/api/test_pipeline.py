@@ -56,10 +56,7 @@ TEXT = """(float[batch,3,8,8] image) => (float[batch,5] scores)
 }"""
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times on a busy machine decide nothing here; the gate on them has a test of its own."""
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def settings(**values: object) -> Settings:

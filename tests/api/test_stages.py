@@ -43,9 +43,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 @pytest.fixture

@@ -11,13 +11,11 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import proof
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.published.dependence import pooled_activations
-from onnx_oamip.verification.latency import Ratio
 
 AUDIO = """
 (float[1,1,T] x) => (float[1,4] y)
@@ -33,10 +31,7 @@ AUDIO = """
 Feed = dict[str, np.ndarray[Any, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latency is not measured."""
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _feeds(count: int, seed: int) -> list[Feed]:

@@ -25,9 +25,7 @@ from onnx_oamip.verification.latency import Ratio
 QUICK = {"importance": "l2", "allocate": "uniform", "refit": "none", "align": 1, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def asked(**values: object) -> Settings:

@@ -24,17 +24,12 @@ from onnx_oamip import (
     unpack,
 )
 from onnx_oamip import plan as make_plan
-from onnx_oamip.api import proof
 from onnx_oamip.artifacts import provenance
 from onnx_oamip.cli import main
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.verification.latency import Ratio
 from tools import licences
 
-
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 @pytest.fixture

@@ -11,10 +11,8 @@ from graphs import build, constants, distance
 from onnx import ModelProto, helper, numpy_helper
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import proof
 from onnx_oamip.core.records import Report
 from onnx_oamip.graph import loading as models
-from onnx_oamip.verification.latency import Ratio
 
 NET = """(float[N,6] x, float t, float[3] bias, float unread, float[12] scale) => (float[N,3] y)
 <float[6,12] w1, float[12,3] w2, float t = {0.1}, float[3] bias, float unread = {7}, float one = {1},
@@ -38,10 +36,7 @@ QUICK = {
 ROWS = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times decide nothing here, and measuring them takes longer than the rest."""
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _pruned(proto: ModelProto, folder: Path) -> tuple[Report, ModelProto]:

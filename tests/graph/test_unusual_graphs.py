@@ -12,7 +12,6 @@ from graphs import build, load
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import BudgetNotMet, ModelError
 from onnx_oamip.core.records import Array, Report
@@ -20,7 +19,6 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph import shape_inference
 from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.graph.input_guards import inferred
-from onnx_oamip.verification.latency import Ratio
 
 NET = """(float[N,6] x) => (float[N,3] y) <float[6,12] w1, float[12,3] w2> {
     a = MatMul(x, w1)
@@ -38,10 +36,7 @@ QUICK = {
 ROWS = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times decide nothing here, and measuring them takes longer than the rest."""
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _pruned(proto: ModelProto, folder: Path) -> tuple[Report, ModelProto, list[Array]]:

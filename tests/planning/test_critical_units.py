@@ -11,14 +11,13 @@ import pytest
 from graphs import build
 from onnx import numpy_helper
 
-from onnx_oamip.api import pipeline, proof
+from onnx_oamip.api import pipeline
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import Array, Budget, Report, Scores
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import critical_units
 from onnx_oamip.planning.critical_units import is_asked_for, is_possible, next_bound
-from onnx_oamip.verification.latency import Ratio
 
 UNITS, IMPORTANT = 12, 5
 TEXT = f"""(float[batch,6] x) => (float[batch,4] scores)
@@ -27,10 +26,7 @@ TEXT = f"""(float[batch,6] x) => (float[batch,4] scores)
 }}"""
 
 
-@pytest.fixture(autouse=True)
-def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times decide nothing here."""
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from graphs import load as load_case
 from onnx import ModelProto, numpy_helper
 
 from onnx_oamip import prune
-from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.records import Array, Budget, Report
@@ -28,7 +27,6 @@ from onnx_oamip.published.nnrelief import absolute_signal, masked_ridge
 from onnx_oamip.published.nnrelief.connection_shares import layers as connection_layers
 from onnx_oamip.published.nnrelief.selection import Rules
 from onnx_oamip.reporting import documents
-from onnx_oamip.verification.latency import Ratio
 
 CHAIN = """(float[batch,1,10,10] image) => (float[batch,4] scores)
 <float[10,1,3,3] w1, float[10] b1, float[14,10,3,3] w2, float[14] b2, float[126,20] w3, float[20] b3, float[20,4] w4,
@@ -45,9 +43,7 @@ CHAIN = """(float[batch,1,10,10] image) => (float[batch,4] scores)
 }"""
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def folder(path: Path, text: str = CHAIN, count: int = 240) -> Path:

@@ -24,7 +24,7 @@ from onnx_oamip import (
     prune,
     score,
 )
-from onnx_oamip.api import comparison, proof
+from onnx_oamip.api import comparison
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
@@ -33,7 +33,6 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph import partial_execution
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.statistics import covariances
-from onnx_oamip.verification.latency import Ratio
 
 REST = ("mobilenet-fashion", "resnet20-fashion", "vgg-fashion", "vit-fashion")
 WORKERS, BATCHES = (1, 2, 4), (1, 32, 512)
@@ -46,9 +45,7 @@ FEW_DIVIDED = tuple(
 """Every number of workers and every batch once."""
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def samples(name: str, count: int) -> dict[str, np.ndarray]:

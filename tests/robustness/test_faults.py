@@ -80,9 +80,7 @@ OLD = b"what was there before"
 WRITTEN = ("out.onnx", "keep.safetensors", "page.html")
 
 
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _given(folder: Path) -> None:

@@ -19,7 +19,6 @@ from network_texts import CNN as TEXT
 from onnx import numpy_helper
 
 from onnx_oamip import couple, prune
-from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import BudgetNotMet, DataError, SolverError
 from onnx_oamip.core.records import (
@@ -37,12 +36,8 @@ from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.solve import optimise
 from onnx_oamip.programs.solvers import SolverLimits
-from onnx_oamip.verification.latency import Ratio
 
-
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def go(

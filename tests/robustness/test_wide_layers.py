@@ -13,15 +13,10 @@ from graphs import build
 from onnx import numpy_helper
 
 from onnx_oamip import prune
-from onnx_oamip.api import proof
 from onnx_oamip.core.records import Report
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.verification.latency import Ratio
 
-
-@pytest.fixture(autouse=True)
-def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _prune(tmp_path: Path, width: int, **settings: object) -> Report:
