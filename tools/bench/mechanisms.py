@@ -41,7 +41,8 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 """Mechanisms without which another one does nothing: it is not shown alone."""
 ON: Mapping[str, str] = {"align": "1", "effort": "high"}
 """Settings with all mechanisms, where they are not the defaults."""
-COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", "divergence")
+SCALED = "divergence x 1000"
+COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", SCALED)
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
@@ -111,4 +112,5 @@ def _rows(bench: Bench, seed: int, known: set[tuple[float, str]]) -> Iterator[Ro
                 ready = prepare.prepare(bench.model, bench.data, settings)
                 row = bench.row(budget, choice, search.search(ready).pruned.proto)
                 row["mechanisms"] = row.pop("method")
+                row[SCALED] = 1000 * row["divergence"]
                 yield {column: row[column] for column in COLUMNS}
