@@ -78,7 +78,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a run does.
+    """Task of a run: model, data and stages.
 
     Attributes:
         model: Model file.

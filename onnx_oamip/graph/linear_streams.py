@@ -254,7 +254,7 @@ class _Finder:
         return list(parts.values()), len(products)
 
     def _role(self, node: Node | None, axis: Axis, axes: Mapping[Axis, Ints]) -> str:
-        """What a node that touches a tensor does with its channels: writes, reads, passes or product."""
+        """Role of a node that touches a tensor towards its channels: writes, reads, passes or product."""
         if node is None or node.name not in self.order:
             raise _NotLinear(f"'{axis[0]}' is used in a subgraph")
         tensor = axis[0]

@@ -141,7 +141,7 @@ def _change(ready: Context, chosen: Plan) -> Augment | None:
 
 
 def _is_short_of_samples(ready: Context, chosen: Plan) -> bool:
-    """Whether further samples would add to the rows of any fit."""
+    """Test whether further samples would add to the rows of any fit."""
     samples = parts(ready.samples)[0]
     return refit_scope.is_short_of_samples(ready.model, ready.coupling, chosen.keep, samples)
 

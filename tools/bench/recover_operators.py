@@ -1,4 +1,4 @@
-"""How exactly torch computes the operators of the recovery: its outputs beside ONNX Runtime's, on the tests' graphs."""
+"""Exactness of the operators that torch computes in a recovery, beside ONNX Runtime, on the graphs of the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands beside the recovery: onnxsim's block finetune, and a training step of plain torch written by hand.
+"""Comparisons for the recovery: onnxsim's block finetune, and a training step of plain torch written by hand.
 
 onnxsim's ``apply_pruning_finetune`` solves a layer's weights by ridge regression where it finds, by their values, the
 rows or columns that were kept; it gets the pruned model without a refit, and the same images.
