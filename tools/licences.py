@@ -33,18 +33,18 @@ def required() -> list[str]:
 
 
 def licence(name: str) -> str | None:
-    """What a distribution says about its licence; None where it says nothing."""
+    """Licence that a distribution declares, or None."""
     about = metadata.metadata(name)
     classifiers = [
         c.rpartition(" :: ")[2]
         for c in about.get_all("Classifier") or []
         if c.startswith("License ::")
     ]
-    told = about.get("License-Expression") or ", ".join(
+    reported = about.get("License-Expression") or ", ".join(
         c for c in classifiers if c != "OSI Approved"
     )
     text = (about.get("License") or "").strip().splitlines()
-    return told or (text[0] if text else None)
+    return reported or (text[0] if text else None)
 
 
 def table() -> Iterator[tuple[str, str, str]]:

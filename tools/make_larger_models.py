@@ -5,7 +5,7 @@
 ``resnet56`` (the CIFAR-style ResNet-56, 16-32-64 wide) and ``vgg16`` (thirteen 3x3 convolutions of the published
 widths, 64 to 512, with batch normalisation, and a 512-10 head) are trained on Fashion-MNIST padded to 32x32, with fixed
 seeds, and exported as torch does for inference: batch normalisation folded, the batch dynamic. The state is kept after
-each epoch; a run that was stopped goes on with ``--resume``.
+each epoch; a stopped run continues with ``--resume``.
 
 Beside each ``NAME.onnx`` goes ``NAME.npz``: 512 training images for calibration with labels (for methods that ask for
 them) and 2,000 test images, as ``models/*.npz`` have them. Accuracies and SHA-256 are printed and go to
@@ -158,9 +158,8 @@ def padded(data: Dataset) -> Dataset:
 def export(net: nn.Module, path: Path, shape: tuple[int, ...] = SHAPE) -> None:
     """Write ONNX for inference: batch normalisation folded, the batch dynamic."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # this exporter is the older one; folding constants is meant
+        # This exporter is the older one; folding constants is meant.
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             net.eval(),
             (torch.zeros(2, *shape),),
@@ -199,7 +198,7 @@ def make_trained(name: str, data: Dataset, out: Path, options: Options) -> None:
 PHOTOGRAPHED = "efficientnet-lite0"
 CROPS = 512
 CODES = {"input.scale": np.float32(1 / 128), "input.offset": np.float32(-127 / 128)}
-"""What EfficientNet-Lite is fed: (pixel - 127) / 128."""
+"""Scale of the inputs of EfficientNet-Lite: (pixel - 127) / 128."""
 
 
 def efficientnet_lite() -> nn.Module:

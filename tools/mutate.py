@@ -95,9 +95,9 @@ TESTS = {
     "repair.residual_joins": ["tests/repair/test_residual_joins.py", *REFITS],
     "repair.ridge": ["tests/repair/test_ridge.py", *REFITS],
 }
-"""What pytest is asked to collect, by module."""
+"""Paths that pytest collects, by module."""
 SLOW = 2.0
-"""Seconds above which a test is not asked: it would cost more than it tells."""
+"""Duration in seconds above which a test is left out of the selection."""
 
 
 @dataclass(frozen=True)
@@ -339,9 +339,8 @@ class Runner:
         except Exception:  # it cannot even be loaded
             return "killed"
         for item, seconds in tests.items():
-            signal.setitimer(
-                signal.ITIMER_PROF, 1 + 10 * seconds
-            )  # what runs on and on is killed by it
+            # What runs on and on is killed by it.
+            signal.setitimer(signal.ITIMER_PROF, 1 + 10 * seconds)
             if _fails(item):
                 return "killed"
         return "survived"

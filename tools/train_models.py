@@ -275,7 +275,7 @@ class VisionTransformer(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is built, trained and exported."""
+    """Recipe of one network: construction, training and export."""
 
     build: Callable[[], nn.Module]
     data: str
@@ -517,7 +517,7 @@ def torch_accuracy(model: nn.Module, images: Bytes, labels: Labels) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line changes about a run."""
+    """Changes to a run by the command line."""
 
     epochs: int | None
     train_images: int | None
@@ -607,9 +607,8 @@ def export(model: nn.Module, recipe: Recipe, path: Path) -> None:
         torch.onnx.TrainingMode.PRESERVE if recipe.keep_batchnorm else torch.onnx.TrainingMode.EVAL
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # this exporter is the older one; folding constants is meant
+        # This exporter is the older one; folding constants is meant.
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
             (torch.zeros(2, 1, 28, 28),),

@@ -284,9 +284,8 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     if limit_method is not None:
         limit_method.check()
     if settings.latency_table is not None:
-        latency_tables.step(
-            settings.latency_table
-        )  # a file that cannot be read is refused before any work
+        # A file that cannot be read is refused before any work.
+        latency_tables.step(settings.latency_table)
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(
             f"`latency` needs `allocate=mip`, not {settings.allocate}: only the program knows times."
@@ -489,9 +488,8 @@ def _nothing_skipped(model: Model, coupling: Coupling) -> None:
     layers: set[str] = set()
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
-        if (
-            spec is None or spec.cost is not None
-        ):  # nobody knows what is a layer to an operator that is not known
+        # Any input of an unknown operator may belong to a layer.
+        if spec is None or spec.cost is not None:
             layers.update(node.inputs)
     found = {p.tensor: p.reason for p in coupling.pinned if not p.given and p.tensor in layers}
     if found:

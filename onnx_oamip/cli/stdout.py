@@ -44,9 +44,8 @@ def reserve_stdout() -> Iterator[None]:
         yield
     finally:
         sys.stdout = sys.stderr
-        with suppress(
-            OSError
-        ):  # a document is flushed, and its errors reported, where it is written
+        # A document is flushed, and its errors reported, where it is written.
+        with suppress(OSError):
             own.close()
 
 

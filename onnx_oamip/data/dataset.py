@@ -496,9 +496,8 @@ def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
     order = _random_order(samples, seed)
     rare = _rare_labels(samples)
     if rare is not None:
-        order = order[
-            evenly(rare[order])[::-1]
-        ]  # the first part gets the first of the rare samples
+        # The first part gets the first of the rare samples.
+        order = order[evenly(rare[order])[::-1]]
     held_out = max(1, samples.count // EVALUATION_PARTS)
     if samples.fixed_batch:
         held_out = max(samples.fixed_batch, held_out - held_out % samples.fixed_batch)

@@ -358,9 +358,8 @@ def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: Mod
         return
     name = f"oamip_matrix_{len(copy.graph.input)}"
     element_type = constants[node.input[1]].data_type
-    if (
-        element_type not in FLOATING_TYPES
-    ):  # codes of a quantised weight: the product is that of the data
+    # Codes of a quantised weight: the product is that of the data.
+    if element_type not in FLOATING_TYPES:
         element_type = TensorProto.FLOAT
     matrix = onnx.helper.make_tensor_value_info(name, element_type, list(shape))
     copy.graph.input.append(matrix)

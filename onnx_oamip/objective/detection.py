@@ -218,9 +218,8 @@ def _as(
             source="user",
         )
     floats = tails.graph.floating(term.tensor)
-    if (
-        not floats and len(found) == 1
-    ):  # decisions, and one tensor of floats that they are made from
+    # Decisions made from one tensor of floats.
+    if not floats and len(found) == 1:
         plain = replace(
             plain,
             tensor=found[0].tensor,

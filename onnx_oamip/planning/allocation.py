@@ -183,9 +183,8 @@ def allocate(
             coupling.unit_group[scores.values >= settings.threshold], minlength=len(full)
         )
         ceiling = np.maximum(_snap(above, step, full), narrowest)
-    if (
-        settings.alpha is not None
-    ):  # its rules give what must go a score of 0; nothing else goes for a step's sake
+    # Its rules give every unit to be removed a score of 0; no further unit is removed to reach a multiple of the step.
+    if settings.alpha is not None:
         wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
         ceiling = np.minimum(ceiling, np.maximum(-(-wanted // step) * step, narrowest))
 
@@ -214,8 +213,8 @@ def allocate(
             )
         except BudgetNotMet as error:
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
-            told = f"; what keeps widths up: {held}." if held else "."
-            raise BudgetNotMet(f"{str(error).rstrip('.')}{told}") from error
+            reported = f"; what keeps widths up: {held}." if held else "."
+            raise BudgetNotMet(f"{str(error).rstrip('.')}{reported}") from error
         # Widen groups within the budget that lies between two rungs. A measured limit cannot be counted here, and a
         # program that keeps as few units as possible is not to be widened.
         if not extra and settings.max_loss is None:

@@ -680,9 +680,8 @@ def _greedy(budget: _Budget) -> Ints | None:
     level = budget.widest.copy()
     while not budget.holds(level):
         is_exceeded = budget.used(level) > 1
-        if (
-            not is_exceeded.any()
-        ):  # only the bound on the loss is exceeded, and narrower groups lose more
+        # Only the bound on the loss is exceeded, and narrower groups lose more.
+        if not is_exceeded.any():
             return None
         slope = (is_exceeded / budget.scale) @ budget.costs.gradient(budget.widths(level))
         current = (first + level)[levels.group]

@@ -229,6 +229,6 @@ def folds_constants(settings: Settings) -> bool:
     Returns:
         True without a refit, for a method whose removed units keep their biases.
     """
-    # In the exact formulation and the decoupled programs a removed unit is gone, its constant with it.
+    # In the exact formulation and the decoupled programs a removed unit has no constant left.
     published = settings.formulation == "paper" and settings.mode != "decoupled"
     return settings.refit == "none" and find(settings.importance).keeps_bias and published

@@ -280,7 +280,7 @@ def _by_group(
     """``task`` for every group that is not known, several at a time."""
     missing = [job for job in jobs(whole.coupling, grams) if job[0] not in known]
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if progress:
             progress(stage, len(known) + done, len(known) + total)
 
@@ -288,7 +288,7 @@ def _by_group(
         if receive:
             receive(missing[index][0], result)
 
-    results = executor(workers, scheduler, whole.device).map(task, whole, missing, told, received)
+    results = executor(workers, scheduler, whole.device).map(task, whole, missing, report, received)
     found = {**known, **{job[0]: result for job, result in zip(missing, results, strict=True)}}
     return [found[g] for g in range(len(found))]
 
@@ -426,9 +426,8 @@ class _Part:
             i for i, n in enumerate(slicer.nodes) if n.name in names
         }
         behind &= set(slicer.needed(wanted, ()))
-        self.reaches = bool(
-            behind
-        )  # else nobody reads these units, or only other outputs depend on them
+        # Else these units have no consumer, or only other outputs depend on them.
+        self.reaches = bool(behind)
         if not behind:
             return
         made = {o for i in behind for o in slicer.nodes[i].output if o}

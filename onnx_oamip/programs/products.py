@@ -359,7 +359,7 @@ class _Table:
         pairs: Ints,
         start: Floats,
     ) -> _Table:
-        """This table with the products (expression, factor) of ``pairs`` appended."""
+        """Table with the products (expression, factor) of ``pairs`` appended."""
         expression, factor = pairs.T
         n_levels = len(binaries)
         spread = np.where(self.high > self.low, self.high - self.low, 1.0)

@@ -355,9 +355,8 @@ def refit(
         return None, ["one row is too few to fit and to judge, so it is not refitted"]
     w, r = (value.astype(np.float64) for value in present if value is not None)
     b = _bias(editor, node, (len(w), 2 * w.shape[1]))
-    bias_offset = (
-        one.b[:, np.tile(keep, 2 * one.gates)] - b
-    )  # of what the cut has folded into the bias
+    # The offset of the bias by the constants that the cut folded into it.
+    bias_offset = one.b[:, np.tile(keep, 2 * one.gates)] - b
     errors = np.zeros(3)
     ridge = None
     for k in range(len(w)):

@@ -181,9 +181,8 @@ def _units_without_weights(model: Model, coupling: Coupling) -> Bools:
 
     def carried(names: Iterable[str]) -> Bools:
         """Units with a channel in any of these tensors."""
-        mask = np.zeros(
-            coupling.n_units + 1, bool
-        )  # pinned channels have the unit -1: the last entry
+        # Pinned channels have the unit -1: the last entry.
+        mask = np.zeros(coupling.n_units + 1, bool)
         for name in names:
             for axis in range(len(model.shapes.get(name, ()))):
                 if (name, axis) in coupling.axes and (name, axis) not in read:

@@ -239,7 +239,7 @@ def prove(
     # The output of a saturating operator hides differences of large inputs: its input is compared too.
     makers = [producer_with(model, name, Trait.SATURATES) for name in names]
     wanted = list(dict.fromkeys([*names, *(node.inputs[0] for node in makers if node is not None)]))
-    # Of an output that is proved where it comes from, any rounding may be told.
+    # Where an output is proved at its source, any rounding may be reported.
     most = np.full(len(wanted), ROUNDING_MOST)
     most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
     # Rounding must not depend on a provider's reduced precision: this is done on the CPU.

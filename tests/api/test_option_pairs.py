@@ -127,9 +127,8 @@ def covering(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool
         drawn = list(itertools.islice(draw(dict(first), 2000), 50))
         if drawn:
             rows.append(max(drawn, key=lambda row: sum(pair in open_ for pair in pairs(row))))
-        for pair in (
-            pairs(rows[-1]) if drawn else (first,)
-        ):  # a pair that no row can hold is left out
+        # A pair that no row can hold is left out.
+        for pair in pairs(rows[-1]) if drawn else (first,):
             open_.pop(pair, None)
     return rows
 
@@ -190,7 +189,7 @@ def refused(error: OamipError, folder: Path, kinds: tuple[type[OamipError], ...]
 
 
 def run(folder: Path, row: Row, wanted: Settings) -> Report | None:
-    """What the row's verb makes of model.onnx, in out.onnx; None for a frontier, whose files it compares itself."""
+    """Run the row's command on model.onnx; out.onnx, or None for a frontier, which compares its own files."""
     model, source, out = folder / "model.onnx", str(folder / "data.npz"), folder / "out.onnx"
     if row["verb"] == "score and prune":
         score(model, source, folder / "scores.npz", wanted)
@@ -244,9 +243,8 @@ def check_units(folder: Path, row: Row, keep: Bools, coupling: Coupling) -> None
     model = models.load(folder / "model.onnx")
     values = importance_of_units(model, coupling)
     least = np.full(len(coupling.groups), row["floor"])
-    if (
-        row["limits"] == "snacs" and row["iterations"] > 1
-    ):  # three rounds must keep to what one round finds
+    # Three rounds must keep to what one round finds.
+    if row["limits"] == "snacs" and row["iterations"] > 1:
         once = settings(row, iterations=1)
         least = np.maximum(
             least, prepare(model.path, str(folder / "data.npz"), once).constraints.floor
@@ -291,9 +289,9 @@ def test_units(row: Row, tmp_path: Path) -> None:
     keep = report.plan.keep
     check_file(tmp_path, row, tmp_path / "out.onnx", {row["budget"]: BUDGETS[row["budget"]]})
     check_units(tmp_path, row, keep, coupling)
-    told = document(report)
-    assert told["settings"]["iterations"] == row["iterations"]
-    assert told["verification"]["masked_equivalence"] is not None
+    reported = document(report)
+    assert reported["settings"]["iterations"] == row["iterations"]
+    assert reported["verification"]["masked_equivalence"] is not None
     if row["budget"] == "alpha" and row["iterations"] == 1 and report.scores is not None:
         assert keep[report.scores.values > 0].all(), (
             "alpha removes nothing but units without a connection"
@@ -303,9 +301,8 @@ def test_units(row: Row, tmp_path: Path) -> None:
         assert found.accuracy_before is not None
         assert found.accuracy_after is not None
         assert 100 * (found.accuracy_before - found.accuracy_after) <= BUDGETS["max_drop"] + 1e-6
-    if (
-        row["refit"] == "none" and "paper" not in row["method"]
-    ):  # nothing but the cut: zeros do the same
+    # Nothing but the cut: zeros do the same.
+    if row["refit"] == "none" and "paper" not in row["method"]:
         values = feed(model, 7, 5)
         masked = Session(rewrite.mask(model, coupling, keep), "cpu").run(values)[0]
         small = Session(onnx.load(tmp_path / "out.onnx"), "cpu").run(values)[0]

@@ -427,7 +427,7 @@ def test_strict_accepts_axes_pinned_by_graph_inputs_and_outputs(task: Path) -> N
 
 
 def test_strict_refuses_layers_that_cannot_be_pruned(task: Path) -> None:
-    """A sum over an axis that nobody can follow keeps the channels of the layers around."""
+    """A sum over an axis that the analysis cannot follow keeps the channels of the layers around."""
     proto = build(
         TEXT.replace("d = Conv(s, w5)", "q = CumSum(s, at)\n    d = Conv(q, w5)").replace(
             "float[5, 8] w4,", "float[5, 8] w4, int64 at = {1},"

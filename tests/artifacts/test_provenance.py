@@ -1,4 +1,4 @@
-"""A pruned model says what it was made from, and how; whoever does not want that leaves it out."""
+"""Provenance in a pruned model: its source and settings, and the option that leaves it out."""
 
 from __future__ import annotations
 
@@ -164,9 +164,9 @@ def test_no_command_opens_a_network_connection(task: Path, monkeypatch: pytest.M
 def test_every_dependency_has_a_known_licence() -> None:
     """Permissive ones, and that of Gurobi, whose wheel brings its own limits."""
     known = re.compile(r"MIT|BSD|Apache|HPND|PSF|Python Software Foundation|0BSD")
-    found = {name: told for name, _, told in licences.table()}
+    found = {name: reported for name, _, reported in licences.table()}
     assert {"numpy", "onnx", "scipy", "click", "highspy"} <= set(found)
-    assert {name: told for name, told in found.items() if not known.search(told)} in (
+    assert {name: reported for name, reported in found.items() if not known.search(reported)} in (
         {},
         {"gurobipy": "Proprietary"},
     )

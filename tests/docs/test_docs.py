@@ -269,11 +269,12 @@ def test_modules_named_in_the_design_exist() -> None:
 
 
 def test_modules_and_names_of_the_package_in_pages_exist() -> None:
+    # A key, a group, a list.
     no_modules = {
         "onnx_oamip.provenance",
         "onnx_oamip.importance",
         "onnx_oamip.__all__",
-    }  # a key, a group, a list
+    }
     pages = [
         page
         for page in (*ROOT_PAGES, *DOCS)
@@ -282,9 +283,8 @@ def test_modules_and_names_of_the_package_in_pages_exist() -> None:
     named = {name for page in pages for name in re.findall(r"\bonnx_oamip(?:\.\w+)+", text(page))}
     assert len(named - no_modules) > 2
     for name in named - no_modules:
-        module = importlib.util.find_spec(
-            name.rpartition(".")[0]
-        )  # a submodule, or an attribute of a module
+        # A submodule, or an attribute of a module.
+        module = importlib.util.find_spec(name.rpartition(".")[0])
         assert module is not None, name
         assert importlib.util.find_spec(name) or pkgutil.resolve_name(name), name
 

@@ -200,12 +200,12 @@ def either(request: pytest.FixtureRequest) -> Executor:
 
 
 def test_results_come_in_order(either: Executor) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     found = either.map(
-        executor_tasks.add, 10, list(range(30)), lambda done, total: told.append((done, total))
+        executor_tasks.add, 10, list(range(30)), lambda done, total: reported.append((done, total))
     )
     assert found == list(range(10, 40))
-    assert told == [(i + 1, 30) for i in range(30)]
+    assert reported == [(i + 1, 30) for i in range(30)]
     assert either.map(executor_tasks.add, 10, []) == []
 
 
@@ -223,9 +223,8 @@ def test_tasks_are_spread_with_one_thread_each(address: str) -> None:
     there = executor(scheduler=address)
     assert len({*there.map(executor_tasks.process, None, list(range(12)))}) == 2
     assert os.getpid() not in there.map(executor_tasks.process, None, [0])
-    assert (
-        len({*there.map(executor_tasks.identity, list(range(9)), list(range(12)))}) <= 2
-    )  # opened once a process
+    # Opened once a process.
+    assert len({*there.map(executor_tasks.identity, list(range(9)), list(range(12)))}) <= 2
     assert set(there.map(executor_tasks.threads, None, list(range(4)))) == {1}
 
 
@@ -376,9 +375,9 @@ def test_workers_with_other_versions_are_refused(
     monkeypatch.setattr(
         cluster, "environment", lambda: tuple((n, "1.0" if n == "numpy" else v) for n, v in known)
     )
-    told = _refused(place, capsys, "--scheduler", address)
-    assert "the worker tcp://" in told
-    assert f"has numpy {np.__version__}, and here is 1.0; install the same on both." in told
+    reported = _refused(place, capsys, "--scheduler", address)
+    assert "the worker tcp://" in reported
+    assert f"has numpy {np.__version__}, and here is 1.0; install the same on both." in reported
 
 
 def test_scheduler_of_another_version_is_refused(

@@ -138,7 +138,7 @@ def test_excluding_a_group_leaves_the_others_unchanged(
         np.testing.assert_array_equal(fewer.unit_group[new.units], g)
     for was, now in ((coupling.consumers, fewer.consumers), (coupling.inside, fewer.inside)):
         assert now == tuple(c for c in was if (c.data, c.axis) in fewer.axes)
-    # Every weight that a group leaves is told, as something that nobody may touch.
+    # Every weight that a group leaves is listed as pinned.
     added = fewer.pinned[len(coupling.pinned) :]
     assert fewer.pinned[: len(coupling.pinned)] == coupling.pinned
     expected = [
@@ -200,7 +200,7 @@ def test_constant_read_whole_by_another_node_is_kept(tmp_path: Path) -> None:
 
 
 def test_axes_of_different_length_are_not_tied(tmp_path: Path) -> None:
-    """Such a model runs nowhere; what is wrong with it is told of both sides."""
+    """Such a model runs nowhere; the message names the fault on both sides."""
     text = """(float[N,3,6,6] x) => (float[] y) <float[8,3,1,1] w1, float[4,9,1,1] w2> {
         h = Conv(x, w1)
         y = Conv(h, w2)

@@ -272,9 +272,8 @@ def test_small_copy_of_the_large_model_can_be_pruned(tmp_path: Path) -> None:
     )
     model = models.load(path)
     coupling = couple(model)
-    assert (
-        coupling.n_units == 32 + 8 + 8 + 128
-    )  # the residual sum, places in a head, and what is between
+    # The residual sum, places in a head, and what is between.
+    assert coupling.n_units == 32 + 8 + 8 + 128
     assert_exact(
         model, coupling, random_keep(coupling, np.random.default_rng(0), 0.5), batches=(1, 2)
     )

@@ -266,8 +266,9 @@ def convolutions(draw: st.DrawFn) -> tuple[str, int, int, int, tuple[int, ...], 
         if op == "ConvTranspose":
             attrs["output_padding"] = [draw(st.integers(0, s - 1)) for s in strides]
     elif (
+        # ONNX Runtime refuses the others.
         op == "ConvTranspose" or mode == "VALID" or max(dilations) == 1
-    ):  # ONNX Runtime refuses the others
+    ):
         attrs["auto_pad"] = mode
     return op, groups, ins, outs, size, attrs
 

@@ -229,7 +229,7 @@ def test_pruned_file_keeps_metadata_and_documentation(tmp_path: Path) -> None:
         assert getattr(written, name) == getattr(source, name), name
     assert list(written.metadata_props) == list(source.metadata_props)
     assert (written.graph.name, written.graph.doc_string) == ("net", "what the graph does")
-    # Word for word: names, types, symbolic dimensions, doc strings, inputs that nobody reads.
+    # Word for word: names, types, symbolic dimensions, doc strings, inputs without consumers.
     assert list(written.graph.input) == list(source.graph.input)
     assert list(written.graph.output) == list(source.graph.output)
     assert [(n.name, n.doc_string) for n in written.graph.node] == [

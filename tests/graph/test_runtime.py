@@ -199,7 +199,7 @@ print(len(seen), *seen)
 
 def listened(home: Path, *arguments: str) -> tuple[str, list[str]]:
     """(what a fresh process asked of the network, files that it left in its home)."""
-    told = {
+    reported = {
         "ORT_DISABLE_TELEMETRY",
         "ORT_RUNNING_UNIT_TESTS",
         "CI",
@@ -207,7 +207,7 @@ def listened(home: Path, *arguments: str) -> tuple[str, list[str]]:
         "GITHUB_ACTIONS",
         "XDG_CACHE_HOME",
     }
-    env = {k: v for k, v in os.environ.items() if k not in told}
+    env = {k: v for k, v in os.environ.items() if k not in reported}
     env |= {
         "HOME": str(home),
         "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]),

@@ -281,7 +281,7 @@ def test_branch_that_forwards_a_tensor_is_resolved(tmp_path: Path) -> None:
 
 
 def test_condition_computed_from_a_shape_is_resolved(tmp_path: Path) -> None:
-    """As exporters write ``if x.dim() == 3`` and the like."""
+    """Condition on the rank of a tensor, in the form that exporters write for ``if x.dim() == 3``."""
     proto = build(
         """(float[N,6] x) => (float[] y) <float[6,8] w1, float[8,3] w2, int64 six = {6}, int64 at = {1}> {
             s = Shape(x)

@@ -118,9 +118,8 @@ def test_order_and_curve_equal_those_of_a_greedy_search(name: str, seed: int) ->
     expected, errors = greedy(found, count)
     assert order.tolist() == expected
     np.testing.assert_allclose(curve, errors, rtol=1e-8, atol=1e-12)
-    for p, (weight, covariance, columns) in zip(
-        found, before, strict=True
-    ):  # the problems stay as they were
+    # The problems stay as they were.
+    for p, (weight, covariance, columns) in zip(found, before, strict=True):
         np.testing.assert_array_equal(p.weight, weight)
         np.testing.assert_array_equal(p.gram, covariance)
         np.testing.assert_array_equal(p.columns, columns)
@@ -286,7 +285,7 @@ def test_wide_groups_take_seconds(width: int) -> None:
 
 
 def schur(found: Problem, gone: Sequence[int]) -> float:
-    """As ``loss``, by the Schur complement: faster for many columns."""
+    """Compute ``loss`` by the Schur complement, which is faster for many columns."""
     columns = found.columns[list(gone)].reshape(-1)
     stays = np.setdiff1d(np.arange(len(found.gram)), columns)
     block = found.gram[np.ix_(columns, columns)]

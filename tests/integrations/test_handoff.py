@@ -152,7 +152,7 @@ def test_optimised_transformer_can_be_quantised_dynamically(
         str(better)
     )
     assert np.allclose(outputs(better, held), outputs(model, held), atol=1e-3)
-    # Types behind fused operators are not inferred; this is how the quantiser is told.
+    # Types behind fused operators are not inferred; this is how the quantiser gets them.
     options = {"DefaultTensorType": onnx.TensorProto.FLOAT}
     quantize_dynamic(better, out, weight_type=QuantType.QInt8, extra_options=options)
     assert any("Integer" in op or op == "QAttention" for op in operators(out))

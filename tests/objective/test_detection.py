@@ -558,12 +558,13 @@ LSTM = """(float[T, {batch}, 3] x) => (float[] {out}) <float[2, 16, 3] w, float[
         ("y", "", 3, (1,)),
         ("z", "z = Concat <axis = 0> (h, c)", 2, (0,)),
         ("z", "z = Transpose <perm = [1, 0, 2]> (h)", 2, (1,)),
+        # Unlike tensors, joined by samples.
         (
             "z",
             "m = Tanh(h) z = Concat <axis = 1> (m, c)",
             2,
             (),
-        ),  # unlike tensors, joined by samples
+        ),
     ],
 )
 def test_directions_of_a_recurrent_state_are_columns(

@@ -376,8 +376,10 @@ def test_unreachable_budget_is_refused(coupled: tuple[Model, Coupling]) -> None:
     listed = {name for i in order[:3] for name in ledger.inputs[i]}
     pinned = [p for p in coupling.pinned if p.count > 1]
     reasons = {p.reason for p in pinned if p.tensor in listed} or {p.reason for p in pinned}
-    told = "channels there cannot go, for example because "
-    assert any(f"{told}{why}; the least that can be met is `macs=0.0" in text for why in reasons)
+    reported = "channels there cannot go, for example because "
+    assert any(
+        f"{reported}{why}; the least that can be met is `macs=0.0" in text for why in reasons
+    )
     assert text.endswith("; ask for more or see 'onnx-oamip inspect'.")
 
 
@@ -535,7 +537,7 @@ def test_programs_after_the_first_look_around_the_widths_taken(
         assert call.limits == SolverLimits(time_s=31.0, gap=1e-3, seed=5)
         for g, widths in enumerate(call.ladder.widths):
             np.testing.assert_array_equal(call.ladder.cost[g], ladder.cost[g][widths - 1])
-    # What is told is told of the plan, which fills what the rungs left.
+    # The report is about the plan, which fills the budget that the rungs left.
     assert found.allocation == "mip"
     assert {p["purpose"] for p in found.programs} == {"budget"}
     assert found.programs[-1]["used"] == {

@@ -360,9 +360,8 @@ def test_products_are_shared_between_terms_and_budgets() -> None:
     all_three = choose(
         ledger, ladder, CostLimits(macs=120, params=130, bytes=10**6), solver_limits=EXACT
     ).program
-    assert (
-        one["variables"] == all_three["variables"] == 3 * 3 + 2 * 4
-    )  # thresholds; two products of 4 levels
+    # Thresholds; two products of 4 levels.
+    assert one["variables"] == all_three["variables"] == 3 * 3 + 2 * 4
     assert all_three["rows"] == one["rows"] + 2
 
 

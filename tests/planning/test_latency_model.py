@@ -119,10 +119,11 @@ def test_assign_by_node_tensor_and_fused_name(tmp_path: Path) -> None:
     kernels = {
         "ar_nchwc": ("Conv", 1.0),  # named after the tensor of a fused Relu
         made["b"]: ("Conv", 2.0),  # after the node
+        # C with Add and Relu fused: the shortcut has a kernel of its own.
         "dr_nchwc": (
             "Conv",
             3.0,
-        ),  # c with Add and Relu fused: the shortcut has a kernel of its own
+        ),
         "s_nchwc_token_4": ("Conv", 4.0),
         f"fused {made['y']}": ("FusedGemm", 5.0),
         "ReorderOutput": ("ReorderOutput", 9.0),

@@ -381,7 +381,7 @@ def test_program_respects_the_threshold() -> None:
 
 
 def test_several_budgets_are_met_together() -> None:
-    """All are limits of one program; it is told which one binds."""
+    """All are limits of one program; the report names the one that binds."""
     ready = prepared("lenet5-mnist")
     for values in ({"macs": 0.5, "params": 0.1}, {"macs": 0.1, "params": 0.9, "size": 0.9}):
         found = _plan(ready, **values)

@@ -620,7 +620,7 @@ def test_order_with_the_least_loss_is_chosen(name: str, repair: str, tmp_path: P
     )
     assert steps == [("choose", i + 1, len(coupling.groups)) for i in range(len(coupling.groups))]
     assert found.dtype == np.int64
-    told = 0
+    reported = 0
     for g, group in enumerate(coupling.groups):
         total = []
         for order in orders:
@@ -638,8 +638,8 @@ def test_order_with_the_least_loss_is_chosen(name: str, repair: str, tmp_path: P
         first, second = np.sort(total)[:2]
         if second - first > 0.01:
             assert found[g] == np.argmin(total)
-            told += 1
-    assert told >= len(coupling.groups) - 1
+            reported += 1
+    assert reported >= len(coupling.groups) - 1
     for workers in (2, None):
         np.testing.assert_array_equal(
             choose(model, coupling, grams, orders, feeds, "cpu", workers, repair=repair), found
@@ -647,7 +647,7 @@ def test_order_with_the_least_loss_is_chosen(name: str, repair: str, tmp_path: P
 
 
 def test_good_order_beats_its_reverse_and_ties_keep_the_first(tmp_path: Path) -> None:
-    """Units that nobody listens to first, or last; a choice is made by group."""
+    """Units without consumers first, or last; a choice is made by group."""
     proto = build(MLP)
     for tensor in proto.graph.initializer:
         if tensor.name in ("w2", "w3"):
@@ -677,7 +677,7 @@ def test_good_order_beats_its_reverse_and_ties_keep_the_first(tmp_path: Path) ->
 
 
 def test_first_order_is_kept_if_nothing_is_lost(tmp_path: Path) -> None:
-    """Groups of one unit, and units that nobody reads: the first order."""
+    """Groups of one unit, and units without consumers: the first order."""
     text = """(float[N,5] x) => (float[N,3] y)
     <float[5,8] w1, float[5,1] w2, float[1,3] w3, int64[1] from = {0}, int64[1] to = {5}, int64[1] axis = {1},
      float[5,3] w4> {

@@ -1,4 +1,4 @@
-"""Which units of one group to keep: losses, searches and programs against enumeration and plain least squares."""
+"""Choice of the units of one group: losses, searches and programs against enumeration and plain least squares."""
 
 from __future__ import annotations
 
@@ -218,9 +218,8 @@ def test_separable_part_of_a_diagonal_is_the_diagonal() -> None:
     own = np.asarray([3.0, 0.0, 1e-4, 0.5])
     np.testing.assert_allclose(separable(np.diag(own)), own, rtol=1e-8, atol=0)
     np.testing.assert_array_equal(separable(np.zeros((3, 3))), np.zeros(3))
-    np.testing.assert_array_equal(
-        separable(np.ones((3, 3))), np.zeros(3)
-    )  # rank one: nothing can be taken
+    # Rank one: nothing can be taken.
+    np.testing.assert_array_equal(separable(np.ones((3, 3))), np.zeros(3))
 
 
 def _greedy(loss: Loss, keep: Bools, count: int) -> Bools:
@@ -473,9 +472,8 @@ def test_repaired_narrow_is_locally_optimal(kind: str, seed: int) -> None:
         losses = [loss_at(loss, loss.narrow(keep, count, turns)) for turns in (0, 1, 2, 4, 64)]
         assert (np.diff(losses) <= 1e-12).all()
         assert losses[-1] >= least(loss, keep, count) * (1 - 1e-9)
-        np.testing.assert_array_equal(
-            loss.narrow(keep, int(keep.sum()), 3), keep
-        )  # nothing to take
+        # Nothing to take.
+        np.testing.assert_array_equal(loss.narrow(keep, int(keep.sum()), 3), keep)
 
 
 def test_repaired_narrow_is_near_the_best_set() -> None:

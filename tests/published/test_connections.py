@@ -88,9 +88,8 @@ def test_without_refit_the_result_is_the_original_with_zeros(tmp_path: Path, net
         gone += int((~stays).sum())
     assert gone
     assert found.connections is not None
-    assert (
-        found.connections.total - found.connections.kept <= gone
-    )  # normalisation may be silenced too
+    # Normalisation may be silenced too.
+    assert found.connections.total - found.connections.kept <= gone
     # Masking what the rules drop by hand gives the same outputs, bit for bit.
     coupling = couple(original)
     samples = dataset.hold_out(dataset.load(path / "data.npz", original), 0)[0]

@@ -60,9 +60,8 @@ def test_codebooks_lose_less_than_quantiles_and_uniform_grids(k: int, kind: str)
     # What the histogram leaves out is a cell's own spread.
     width = np.ptp(values) / codebook.BINS
     assert book.error == pytest.approx(found, rel=0.02, abs=width**2)
-    if (
-        kind == "normal"
-    ):  # Max, "Quantizing for minimum distortion", 1960: the least error for a Gaussian
+    # Max, "Quantizing for minimum distortion", 1960: the least error for a Gaussian.
+    if kind == "normal":
         best = {2: 0.3634, 4: 0.1175, 16: 0.009497}
         assert k not in best or found == pytest.approx(best[k], rel=0.05)
 

@@ -241,9 +241,8 @@ def test_propagation_equals_a_hand_computation(tmp_path: Path) -> None:
     found = dataset.load(samples(model, 20), model)
     assert found is not None
     seen = pooled_activations.collect(model, coupling, found, "cpu")
-    last = np.asarray(
-        [[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    )  # rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2)
+    # Rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2).
+    last = np.asarray([[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     first = np.asarray([[1.0, 4.0], [1.0, 0.0]])  # rows (1/5, 4/5), (1, 0)
     pairs = {p.consumer.data: p for p in layer_pairs.pairs(model, coupling, seen)}
     bare = Statistics({MOMENTS: {}}, 20, "cpu")
@@ -345,9 +344,8 @@ def test_overflow_is_reported(tmp_path: Path) -> None:
 
 def test_upper_limits_follow_the_published_rule() -> None:
     accuracy = np.asarray([0.9, 0.9, 0.8, 0.5, 0.2])
-    assert (
-        operating_limits.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7
-    )  # 0.9 - 0.7 * 0.7 = 0.41
+    # 0.9 - 0.7 * 0.7 = 0.41.
+    assert operating_limits.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7
     assert operating_limits.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.5, 0.5, 0.5])) == 5
     assert operating_limits.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.9, 0.1, 0.8])) == 5
 
@@ -420,7 +418,7 @@ def test_kernel_alignment_equals_its_definition(columns: int) -> None:
 
 
 def _learnable(folder: Path) -> Chain:
-    """Two hidden layers, the classes told by a few units of the first."""
+    """Two hidden layers, the classes decided by a few units of the first."""
     model = load(build(NETS["mlp"]), folder)
     arrays = samples(model, 240)
     labels = np.argmax(activations(model, arrays, ["y"])["y"], axis=1)

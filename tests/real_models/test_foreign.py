@@ -225,7 +225,7 @@ def test_short_position_table_keeps_its_length(length: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("after", ["n, h, d, k", "h, n, d, k"])
 def test_keys_transposed_under_merged_axes(after: str, tmp_path: Path) -> None:
-    """That is one transpose where the merged axes are divided as they were, and nothing else."""
+    """Test for one transpose where the merged axes are divided as before."""
     text = f"""(float[N,K,6] x) => (float[] y)
     <float[6,8] w, int64[1] h = {{2}}, int64[1] d = {{4}}, int64[1] rest = {{-1}}, float[2,8] v> {{
         m = MatMul(x, w)

@@ -89,7 +89,7 @@ def test_wide_node_behind_the_cut_is_refitted_by_mixing(tmp_path: Path) -> None:
 
 
 def test_wide_node_with_overflowing_activations_is_refitted(tmp_path: Path) -> None:
-    """Rows that are no numbers are left out of what is mixed, too; both are told, with the numbers."""
+    """Rows that are no numbers are left out of what is mixed, too; both are reported, with their counts."""
     text = """(float[N,6] x) => (float[N,4] y) <float[6,12] w1, float[24,4] w2> {
         a = MatMul(x, w1)
         r = Relu(a)

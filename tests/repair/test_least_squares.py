@@ -949,7 +949,7 @@ def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
 
 
 def test_normalisation_is_not_refitted(tmp_path: Path) -> None:
-    """It reads a cut and holds a gain, but nobody would look for its name among what was left out."""
+    """A node with a cut input and a gain whose name is not among those left out."""
     text = """(float[N,4,5] x) => (float[N,4,3] y) <float[5,12] w1, float[12] gain, float[12,3] w2> {
         h = MatMul(x, w1)
         r = LayerNormalization(h, gain)

@@ -69,7 +69,7 @@ def test_patterns_without_a_plain_sum_are_no_join(tmp_path: Path, between: str, 
 
 
 def test_graph_output_is_no_join(tmp_path: Path) -> None:
-    """The graph shows it, whoever else reads it."""
+    """The graph shows the join, whatever other consumers it has."""
     text = "(float[N,5] x) => (float[N,4] a, float[N,4] y) <float[5,4] w1, float[5,4] w2> { a = MatMul(x, w1)  "
     model = load(build(text + "b = MatMul(x, w2)  y = Add(a, b) }"), tmp_path)
     place = site(model.nodes[0], model.constants)

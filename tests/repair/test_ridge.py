@@ -1,4 +1,4 @@
-"""The search for a ridge strength by itself: which strengths are tried, and what the errors it is told are."""
+"""The search for a ridge strength by itself: the strengths tried, and the errors passed to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _problem(groups: int = 2, outputs: int = 3) -> tuple[Floats, Floats]:
 def _search(
     values: list[float],
 ) -> tuple[list[tuple[int, float]], float | None, tuple[float, float]]:
-    """What is asked of a solver whose answer at strength i is off by ``values[i]``, the strength taken, the errors."""
+    """Requests to a solver whose error at strength i is ``values[i]``, the strength taken, and the errors."""
     x, residual = _problem()
     asked: list[tuple[int, float]] = []
 

@@ -308,9 +308,9 @@ def _no_licence(task: Path, stage: Stage) -> None:
                     report = go(task, **stage.values)
             finally:
                 gurobi.licence.cache_clear()
-    told = [p["solver"] for p in _records(report, stage)]
-    assert told[0].startswith(("gurobi", "highs"))
-    assert told[-1].endswith("highs")
+    reported = [p["solver"] for p in _records(report, stage)]
+    assert reported[0].startswith(("gurobi", "highs"))
+    assert reported[-1].endswith("highs")
     assert any("No Gurobi license found" in p["reason"] for p in _records(report, stage))
 
 
@@ -324,7 +324,7 @@ def _records(report: Any, stage: Stage) -> list[Mapping[str, Any]]:
 
 
 def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], None]) -> None:
-    """A worker process dies while it holds work of the stage: the others do it, and nobody notices."""
+    """A worker process dies while it holds work of the stage: the others finish it, and the result is the same."""
     from onnx_oamip.executors.cluster import Cluster
 
     real, inside, killed = Cluster.map, [0], []
@@ -332,22 +332,21 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
     def watched(
         self: Any, work: Any, shared: Any, items: Any, progress: Any = None, receive: Any = None
     ) -> Any:
-        def told(done: int, total: int) -> None:
+        def reported(done: int, total: int) -> None:
             if inside[0] and not killed:
                 killed.append(stage.place)
                 kill()
             if progress:
                 progress(done, total)
 
-        return real(self, work, shared, items, told, receive)
+        return real(self, work, shared, items, reported, receive)
 
     def count(by: int) -> Callable[[], object]:
         return lambda: inside.__setitem__(0, inside[0] + by)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "onnx_oamip.executors.cluster.MAX_SECONDS_WITHOUT_WORKERS", 300.0
-        )  # a busy machine is slow to start another
+        # A busy machine is slow to start another.
+        patch.setattr("onnx_oamip.executors.cluster.MAX_SECONDS_WITHOUT_WORKERS", 300.0)
         patch.setattr(Cluster, "map", watched)
         # The stage of mint begins where it asks for a place to work, and ends with the run.
         _begun(patch, stage, count(1), count(0 if stage.place.endswith("executor") else -1))
@@ -386,9 +385,8 @@ def test_fault_at_a_stage_leaves_the_old_files(
         else:
             local = request.getfixturevalue("cluster")
             until = time.monotonic() + 120
-            while (
-                len(local.scheduler.workers) < 2 and time.monotonic() < until
-            ):  # the last case killed one
+            # The last case killed one.
+            while len(local.scheduler.workers) < 2 and time.monotonic() < until:
                 time.sleep(0.05)
             _lost_worker(task, stage, local.scheduler_address, lambda: _kill_one(local))
             assert (task / "out.onnx").read_bytes() == reference
@@ -402,10 +400,11 @@ def test_fault_at_a_stage_leaves_the_old_files(
         after = kinds(task / "cache")
     assert {kind: after[kind] for kind in before} == before, "what was learnt is not learnt again"
     assert set(after) == set(kinds(cache))
+    # Then scores or widths may be others, as the records say.
     if fault not in (
         "timeout",
         "licence",
-    ):  # then scores or widths may be others, as the records say
+    ):
         assert (task / "out.onnx").read_bytes() == reference
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN}
 
@@ -434,9 +433,8 @@ def test_fault_matrix_matches_what_stages_do(task: Path) -> None:
 
     for values in {repr(s.values): s.values for s in STAGES.values()}.values():
         shutil.rmtree(task / "cache", ignore_errors=True)
-        named = {
-            s.place: n for n, s in STAGES.items()
-        }  # of two at the same place the one of these settings
+        # Of two at the same place the one of these settings.
+        named = {s.place: n for n, s in STAGES.items()}
         named.update({s.place: n for n, s in STAGES.items() if s.values == values})
         with pytest.MonkeyPatch.context() as patch:
             for home in homes:
@@ -607,11 +605,11 @@ def test_full_cache_disk_does_not_change_the_result(
             owner, point, _full(point, getattr(owner, point), lambda where: "/cache/" in where)
         )
         notes = go(task).notes
-    told = [
+    reported = [
         n for n in notes if n.startswith("not all of what was learnt is kept for the next run: ")
     ]
-    assert len(told) == 1
-    assert told[0].endswith(".npz cannot be written: No space left on device")
+    assert len(reported) == 1
+    assert reported[0].endswith(".npz cannot be written: No space left on device")
     assert (task / "out.onnx").read_bytes() == reference
     assert not list((task / "cache").iterdir())
 
@@ -661,9 +659,9 @@ def test_unwritable_cache_folder_is_noted_once(task: Path, monkeypatch: pytest.M
         "onnx_oamip.artifacts.cache.user_cache_path", lambda _: task / "cache" / "onnx-oamip"
     )
     report = go(task, cache="auto")
-    told = [note for note in report.notes if "nothing is kept for the next run" in note]
-    assert len(told) == 1
-    assert str(task / "cache") in told[0]
+    reported = [note for note in report.notes if "nothing is kept for the next run" in note]
+    assert len(reported) == 1
+    assert str(task / "cache") in reported[0]
     assert report.output_sha256
 
 

@@ -438,7 +438,7 @@ def test_broken_models_are_refused_in_one_sentence(
 
 
 def test_graphsurgeon_prints_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It prints what it raises, which is told in a sentence."""
+    """GraphSurgeon raises critical errors, and its message becomes one sentence; nothing is printed."""
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
     models.load(place / "m.onnx")
     with pytest.raises(Exception, match="spam"):
@@ -481,12 +481,12 @@ def test_failing_rule_on_a_valid_node_is_an_internal_error(
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
     for arguments in (_prune(place), ["inspect", str(place / "m.onnx")]):
         assert main(arguments) == 2
-        told = capsys.readouterr().err
+        reported = capsys.readouterr().err
         assert (
             "RuleFailed: the rule of Relu 'Relu_1' failed: IndexError: tuple index out of range"
-            in told
+            in reported
         )
-        assert told.endswith(
+        assert reported.endswith(
             "Error: RuleFailed in onnx-oamip itself; please report it with the lines above.\n"
         )
     assert not (place / "out.onnx").exists()

@@ -188,7 +188,7 @@ def start(case):
     sys.stderr.flush()
     os._exit(status)  # what libraries tidy up when a process ends is not made for one that was forked
 
-# Each is told as soon as it is stuck, and has half a minute to go.
+# Each gets its signal as soon as it is stuck, and has half a minute to end.
 number = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 gc.freeze()  # no process searches what all of them share for cycles
 waiting, told, ends, coming = {}, {}, {}, iter(cases)

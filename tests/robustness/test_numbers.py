@@ -212,7 +212,7 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @dataclass(frozen=True)
-class Told:
+class PruneOutcome:
     code: int
     error: str
     target: Path
@@ -220,10 +220,10 @@ class Told:
 
 
 @pytest.fixture
-def told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Told]:
+def prune_outcome(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., PruneOutcome]:
     """``prune`` on the command line: the process status, the sentence, the document, which must be strict JSON."""
 
-    def call(proto: onnx.ModelProto, arrays: dict[str, np.ndarray], *options: str) -> Told:
+    def call(proto: onnx.ModelProto, arrays: dict[str, np.ndarray], *options: str) -> PruneOutcome:
         model, source, target = (
             tmp_path / "model.onnx",
             tmp_path / "data.npz",
@@ -252,7 +252,7 @@ def told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Tol
         def refuse(word: str) -> None:
             raise ValueError(f"{word} is not JSON")
 
-        found = Told(
+        found = PruneOutcome(
             code, error, target, json.loads(out, parse_constant=refuse) if code == 0 else {}
         )
         assert code == 0 or not target.exists()
@@ -280,10 +280,10 @@ def legitimate() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
 @pytest.mark.parametrize("method", ["default", "nnrelief", "snacs", "bias"])
 @pytest.mark.parametrize("name", legitimate())
 def test_infinities_without_consumer_are_harmless(
-    name: str, method: str, told: Callable[..., Told]
+    name: str, method: str, prune_outcome: Callable[..., PruneOutcome]
 ) -> None:
     proto, x = legitimate()[name]
-    found = told(proto, {"x": x, "labels": np.arange(len(x)) % 3}, *METHODS[method])
+    found = prune_outcome(proto, {"x": x, "labels": np.arange(len(x)) % 3}, *METHODS[method])
     assert found.code == 0, found.error
     after = Session(found.target, "cpu").run({"x": x})[0].astype(np.float64)
     before = Session(proto, "cpu").run({"x": x})[0].astype(np.float64)
@@ -293,11 +293,13 @@ def test_infinities_without_consumer_are_harmless(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_overflow_names_the_tensor(method: str, told: Callable[..., Told]) -> None:
+def test_half_precision_overflow_names_the_tensor(
+    method: str, prune_outcome: Callable[..., PruneOutcome]
+) -> None:
     images = IMAGES.copy()
     images[[3, 50]] *= 4000
     proto = half(scaled(w1=20, w2=20))
-    found = told(
+    found = prune_outcome(
         proto, {"image": images.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method]
     )
     assert found.code == 2
@@ -315,7 +317,7 @@ def test_half_precision_overflow_names_the_tensor(method: str, told: Callable[..
 @pytest.mark.parametrize("method", ["default", "decoupled", "nnrelief", "bias"])
 @pytest.mark.parametrize("kind", ["half", "single"])
 def test_rows_that_overflow_behind_a_clip_are_left_out_of_the_fit(
-    kind: str, method: str, told: Callable[..., Told]
+    kind: str, method: str, prune_outcome: Callable[..., PruneOutcome]
 ) -> None:
     """Inputs of units are finite, but a later layer overflows before it is clipped."""
     if kind == "half":
@@ -325,7 +327,7 @@ def test_rows_that_overflow_behind_a_clip_are_left_out_of_the_fit(
         )
     else:
         proto, x = changed(build(CLIPPED), w2=2e38 * weights(build(CLIPPED), "w2")), ROWS
-    found = told(proto, {"x": x, "labels": np.arange(60) % 5}, *METHODS[method])
+    found = prune_outcome(proto, {"x": x, "labels": np.arange(60) % 5}, *METHODS[method])
     assert found.code == 0, found.error
     for tensor in onnx.load(found.target).graph.initializer:
         assert np.isfinite(numpy_helper.to_array(tensor)).all(), tensor.name
@@ -333,9 +335,11 @@ def test_rows_that_overflow_behind_a_clip_are_left_out_of_the_fit(
 
 
 @pytest.mark.parametrize("method", ["snacs", "limits"])
-def test_overflowing_layers_are_named(method: str, told: Callable[..., Told]) -> None:
+def test_overflowing_layers_are_named(
+    method: str, prune_outcome: Callable[..., PruneOutcome]
+) -> None:
     proto = half(changed(build(CLIPPED), w2=3e4 * weights(build(CLIPPED), "w2")))
-    found = told(
+    found = prune_outcome(
         proto, {"x": ROWS.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method]
     )
     assert found.code == 2
@@ -344,9 +348,9 @@ def test_overflowing_layers_are_named(method: str, told: Callable[..., Told]) ->
     )
 
 
-def test_nan_outputs_are_refused(told: Callable[..., Told]) -> None:
+def test_nan_outputs_are_refused(prune_outcome: Callable[..., PruneOutcome]) -> None:
     proto = changed(build(CLIPPED), w3=np.full((20, 5), 3e38))
-    found = told(proto, {"x": ROWS, "labels": np.arange(60) % 5})
+    found = prune_outcome(proto, {"x": ROWS, "labels": np.arange(60) % 5})
     assert found.code == 2
     assert (
         "the tensor 'scores' takes NaN or infinite values in 48 of 48 calibration samples"
@@ -354,10 +358,12 @@ def test_nan_outputs_are_refused(told: Callable[..., Told]) -> None:
     )
 
 
-def test_infinite_mask_as_data_is_refused_with_the_replacement(told: Callable[..., Told]) -> None:
+def test_infinite_mask_as_data_is_refused_with_the_replacement(
+    prune_outcome: Callable[..., PruneOutcome],
+) -> None:
     x = ROWS.copy()
     x[4, 2] = -np.inf
-    found = told(build(CLIPPED), {"x": x})
+    found = prune_outcome(build(CLIPPED), {"x": x})
     assert found.code == 2
     assert (
         "first in sample 4; clean the data, and where -inf masks something, write the type's lowest"
@@ -449,13 +455,13 @@ def test_norms_of_half_precision_weights_do_not_overflow() -> None:
 
 
 def test_joint_mode_without_a_correct_sample_is_refused(
-    tmp_path: Path, told: Callable[..., Told]
+    tmp_path: Path, prune_outcome: Callable[..., PruneOutcome]
 ) -> None:
     images = IMAGES[:4].astype(np.float32)
     wrong = (Session(build(TEXT), "cpu").run({"image": images})[0].argmax(1) + 1) % 5
     arrays = {"image": images, "labels": wrong}
-    assert told(build(TEXT), arrays, "--importance", "oamip").code == 0
-    found = told(build(TEXT), arrays, "--importance", "oamip", "--mode", "joint")
+    assert prune_outcome(build(TEXT), arrays, "--importance", "oamip").code == 0
+    found = prune_outcome(build(TEXT), arrays, "--importance", "oamip", "--mode", "joint")
     assert found.code == 2
     assert (
         "no calibration sample is classified as its label says; use --mode decoupled" in found.error
@@ -546,17 +552,17 @@ def objective(
     ],
 )
 def test_unreachable_budget_error_names_the_binding_options(
-    options: tuple[str, ...], says: str, told: Callable[..., Told]
+    options: tuple[str, ...], says: str, prune_outcome: Callable[..., PruneOutcome]
 ) -> None:
     arrays = {"image": IMAGES.astype(np.float32)}
-    found = told(build(TEXT), arrays, *options)
+    found = prune_outcome(build(TEXT), arrays, *options)
     assert found.code == 1
     assert re.search(says, found.error), found.error
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_least_budget_named_in_the_error_can_be_met(
-    floor: float, told: Callable[..., Told]
+    floor: float, prune_outcome: Callable[..., PruneOutcome]
 ) -> None:
     arrays = {"image": IMAGES.astype(np.float32)}
     options = (
@@ -569,9 +575,9 @@ def test_least_budget_named_in_the_error_can_be_met(
         "--refit",
         "none",
     )
-    failed = told(build(TEXT), arrays, "--macs", "0.001", *options)
+    failed = prune_outcome(build(TEXT), arrays, "--macs", "0.001", *options)
     least = re.search(r"least that can be met is --macs (0\.\d+)", failed.error)
     assert least is not None
-    assert told(build(TEXT), arrays, "--macs", least[1], *options).code == 0
+    assert prune_outcome(build(TEXT), arrays, "--macs", least[1], *options).code == 0
     below = f"{float(least[1]) - 2e-4:.4f}"
-    assert told(build(TEXT), arrays, "--macs", below, *options).code == 1
+    assert prune_outcome(build(TEXT), arrays, "--macs", below, *options).code == 1

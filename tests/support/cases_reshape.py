@@ -81,7 +81,7 @@ for _op, _call, _inputs in (
         pinned="output of unknown shape",
         bindings={"N": 1},
     )
-# Sizes computed from shapes are provably constant, and then nobody needs o.
+# Sizes computed from shapes are provably constant, and then o has no consumer.
 _SIZED = """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, float[8,8,1,1] w2, float[8,3,3,3] w4{constants},
 float[4,8,1,1] w3> {{
     c = Conv(x, w1)

@@ -50,7 +50,7 @@ def threads(shared: object, item: int) -> int:
 
 
 def mismatch(expected: tuple[tuple[str, str | None], ...], device: str) -> str | None:
-    """As ``cluster.mismatch`` where only the scheduler, which is asked for less, is another version."""
+    """Answer of ``cluster.mismatch`` where the scheduler alone, of which less is required, has another version."""
     return None if len(expected) > 3 else f"has {expected[1][0]} 1.0, and here is another"
 
 

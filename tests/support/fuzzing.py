@@ -280,7 +280,7 @@ def run_odd(number: int, folder: Path, watch: _Watch) -> Outcome:
     start = _peak(reset=True)
     ended = _call([*given, *common, *options])
     grown = _peak() - start
-    told = f"{', '.join(odd.oddities)}; {' '.join(options)}; "
+    reported = f"{', '.join(odd.oddities)}; {' '.join(options)}; "
     wrong = judge(*ended, as_json=as_json)
     limit = Settings(max_memory=options[options.index("--max-memory") + 1]).max_memory or 0
     if not wrong and grown > MEMORY_MARGIN * limit:
@@ -292,7 +292,7 @@ def run_odd(number: int, folder: Path, watch: _Watch) -> Outcome:
     if not wrong and written:
         wrong = odd_models.difference(odd, (target / "out.onnx").read_bytes())
     kind = "wrong" if wrong else "refused" if ended[0] else "pruned"
-    return Outcome(number, kind, f"{told}{wrong or ended[2].strip()}")
+    return Outcome(number, kind, f"{reported}{wrong or ended[2].strip()}")
 
 
 RUNS = {"model": run_model, "data": run_data, "odd": run_odd}

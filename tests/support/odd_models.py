@@ -315,7 +315,7 @@ def _integer_input(odd: Odd, rng: Rng) -> None:
 
 
 def _custom_operator(odd: Odd, rng: Rng) -> None:
-    """An operator that nobody knows: in the middle of the network, or beside it."""
+    """An unknown operator: in the middle of the network, or beside it."""
     at = int(rng.integers(len(odd.graph.node)))
     read = odd.graph.node[at].output[0]
     made = helper.make_node("Thing", [read], ["thing"], "thing", domain="com.example", level=3)

@@ -12,7 +12,7 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
 class Elementwise(Maker):
-    """What works on a value of any rank. Constants meet the channels, which are axis 0 of images and the last else."""
+    """Operators on values of any rank. Constants have the shape of the channels: axis 0 of images, else the last."""
 
     def along(self, x: Value) -> tuple[int, ...]:
         """The shape of one number a channel, as it broadcasts."""
@@ -268,11 +268,12 @@ class Statistics(Elementwise):
 
     def block_global(self, x: Value) -> Value:
         shape = (x.shape[0], 1, 1)
+        # The last as the runtime has it up to opset 21.
         ops = (
             "GlobalAveragePool",
             "GlobalMaxPool",
             "GlobalLpPool",
-        )  # the last as the runtime has it up to opset 21
+        )
         pooled = self.node(self.one_of(ops if self.opset < 22 else ops[:2]), [x.name], shape)
         return self.node("Add", [x.name, self.node("Tanh", [pooled.name], shape).name], x.shape)
 
@@ -295,7 +296,7 @@ class Statistics(Elementwise):
         return self.node("GroupNormalization", inputs, wide.shape, num_groups=groups, epsilon=0.1)
 
     def block_mean_variance(self, x: Value) -> Value:
-        """It keeps all channels: those of a layer of its own."""
+        """A layer of its own, all of whose channels are kept."""
         wide = self.node("Conv", [x.name, self.weight(3, x.shape[0], 1, 1)], (3, *x.shape[1:]))
         return self.node(
             "MeanVarianceNormalization", [self.uneven(wide).name], wide.shape, axes=[0, 2, 3]

@@ -134,7 +134,7 @@ class Maker:
         return options[self.pick(len(options))]
 
     def spread(self, options: Sequence[Any]) -> Any:
-        """As ``one_of``, but all of them as often: Hypothesis likes to repeat itself, the seed does not."""
+        """Draw one of the strategies with equal probability; Hypothesis's own ``one_of`` repeats earlier choices."""
         return options[
             (self.pick(len(options)) + int(self.rng.integers(len(options)))) % len(options)
         ]

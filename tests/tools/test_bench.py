@@ -427,9 +427,9 @@ def test_comparison_detects_a_differing_last_digit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert agree.main(records(tmp_path, {}, {"accuracy": 90.05})) == 1
-    told = capsys.readouterr().out
-    assert "made: 1 of 2 rows differ" in told
-    assert "row 2 (b, 90.0): accuracy is 90.0 and 90.05" in told
+    reported = capsys.readouterr().out
+    assert "made: 1 of 2 rows differ" in reported
+    assert "row 2 (b, 90.0): accuracy is 90.0 and 90.05" in reported
 
 
 def test_comparison_reports_missing_rows_and_studies(
@@ -441,9 +441,9 @@ def test_comparison_reports_missing_rows_and_studies(
     )
     studies.store(tmp_path / "first", "other", [], (), 0)
     assert agree.main([first, second]) == 1
-    told = capsys.readouterr().out
-    assert "row 2 is in the first folder alone: b, 90.0" in told
-    assert f"other: not compared, it is not in {second}" in told
+    reported = capsys.readouterr().out
+    assert "row 2 is in the first folder alone: b, 90.0" in reported
+    assert f"other: not compared, it is not in {second}" in reported
     assert agree.main([second, second]) == 0
     assert agree.main([first, second, "other"]) == 1
     assert agree.main([str(tmp_path), str(tmp_path)]) == 1
@@ -479,16 +479,16 @@ def test_failing_study_does_not_stop_the_others(
     options = (tmp_path, 7, ("a",), {"seeds": 3, "mnist": None})
     assert driver.drive(list(ends), *options, one=driver.study) == 1
     assert ends["last"].given == (tmp_path, 7, ("a",), 3)
-    told = capsys.readouterr().out.rpartition("\ndone: ")[2].splitlines()
-    assert told[0] == "last"
-    assert told[1:6] == [
+    reported = capsys.readouterr().out.rpartition("\ndone: ")[2].splitlines()
+    assert reported[0] == "last"
+    assert reported[1:6] == [
         "failed: first: ZeroDivisionError: by nothing",
         "left out: folder: give --mnist DIR.",
         "left out: torch: torch is not installed; pip install -e '.[experiments]' brings it.",
         "left out: gpu: there is no CUDA here.",
         "failed: own: ModuleNotFoundError: No module named 'tools.gone'",
     ]
-    assert told[6].startswith("left out: empty: nothing could be measured")
+    assert reported[6].startswith("left out: empty: nothing could be measured")
     assert driver.drive(["torch", "last"], *options, one=driver.study) == 0
     assert driver.drive(["torch"], *options, one=driver.study) == 1  # nothing was done
 

@@ -89,9 +89,8 @@ def test_figures_are_small_and_reproducible(study: str, tmp_path: Path) -> None:
     assert drawn == (tmp_path / f"{study}.svg").read_bytes()
     assert len(drawn) < 120_000
     kept = (readme.DRAWN / f"{study}.svg").read_bytes()
-    if (
-        f"Matplotlib v{matplotlib.__version__}," in kept.decode()
-    ):  # another release may place letters differently
+    # Another release may place letters differently.
+    if f"Matplotlib v{matplotlib.__version__}," in kept.decode():
         assert drawn == kept, "run: python -m tools.bench readme"
 
 
@@ -112,13 +111,13 @@ def test_figure_elements_do_not_overlap_or_get_clipped(
 
 @pytest.mark.parametrize("study", figures.FIGURES)
 def test_figures_have_alternative_text_and_captions(study: str) -> None:
-    _, told, caption = figures.FIGURES[study]
+    _, reported, caption = figures.FIGURES[study]
     assert study in readme.TEXT
-    for text in (told, caption):
+    for text in (reported, caption):
         assert text.endswith(".")
         assert not set("[]*\n") & set(text)
     if study in SAVED:
-        assert f"![{told}](figures/{study}.svg)\n\n*{caption}*\n" in readme.PAGE.read_text(
+        assert f"![{reported}](figures/{study}.svg)\n\n*{caption}*\n" in readme.PAGE.read_text(
             encoding="utf-8"
         )
 

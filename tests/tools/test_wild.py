@@ -52,8 +52,8 @@ def test_manifest_lists_at_least_forty_files_of_all_tasks() -> None:
         assert entry.package.licence
         assert not entry.file.startswith("/")
         assert set(entry.sha256) <= set("0123456789abcdef")
-    told = " ".join(entry.task for entry in listed.entries)
-    assert [task for task in TASKS if task not in told] == []
+    reported = " ".join(entry.task for entry in listed.entries)
+    assert [task for task in TASKS if task not in reported] == []
 
 
 TOY = """

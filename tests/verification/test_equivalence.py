@@ -1,4 +1,4 @@
-"""Gates and measurements: differences are told apart from agreement, and what must fail fails."""
+"""Gates and measurements: differences are distinguished from agreement, and faults are found."""
 
 from __future__ import annotations
 

@@ -97,11 +97,12 @@ def test_paired_ratio_of_few_rounds_spans_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("ratio", "share", "is_doubted"),
     [
+        # 11 x as fast at half the work, measured under load.
         (
             Ratio(0.09, 0.05, 1.10, 40),
             0.5,
             True,
-        ),  # 11 x as fast at half the work, measured under load
+        ),
         (Ratio(0.09, 0.08, 0.10, 40), 0.5, False),  # far above the saved work, but sure
         (Ratio(0.48, 0.20, 1.20, 40), 0.5, False),  # an unsure figure that the saved work explains
         (Ratio(0.30, 0.20, 0.45, 40), 0.5, True),

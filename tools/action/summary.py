@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def outputs(document: dict[str, Any]) -> dict[str, str]:
-    """What later steps may want, as text; empty where it was not measured."""
+    """Outputs of the action for later steps, as text; empty where a value was not measured."""
     before, after, found = document["before"], document["after"], document["verification"]
     values = {
         "model": document["output"]["path"],

@@ -1,4 +1,4 @@
-"""What each part is worth: order x refit x allocation at half the MACs, everything else equal.
+"""Ablation at half the MACs: order x refit x allocation, everything else equal.
 
 Widths are not aligned here, so that the comparison is about the methods. Sensitivities are measured under the
 refit that follows.

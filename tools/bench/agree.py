@@ -40,7 +40,7 @@ def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _called(row: Row) -> str:
-    """What tells a row apart for a reader: the first few of its values."""
+    """Name of a row in messages: the first few of its values."""
     return ", ".join(str(value) for value in list(row.values())[:4])
 
 
@@ -72,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = differences(first, other)
         compared, bad = compared + 1, bad + bool(found)
         clocked = ", ".join(dict.fromkeys([*first.get("clocked", ()), *other.get("clocked", ())]))
-        told = (
+        reported = (
             f"{len(found)} of {len(first['rows'])} rows differ"
             if found
             else f"{len(first['rows'])} rows agree"
         )
-        print(f"{study}: {told}{f' (not compared: {clocked})' if clocked else ''}")
+        print(f"{study}: {reported}{f' (not compared: {clocked})' if clocked else ''}")
         here, there = first["environment"], other["environment"]
         if here != there:
             keys = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]

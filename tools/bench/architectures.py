@@ -20,7 +20,7 @@ from . import architectures_token as token
 class Architecture:
     """One network: how to make it, inputs of two samples, and the most parameters that may stay at half of a group.
 
-    ``heads`` is the number of attention heads that Torch-Pruning must be told.
+    ``heads`` is the number of attention heads that Torch-Pruning needs.
     """
 
     name: str
@@ -96,9 +96,8 @@ def build(architecture: Architecture, seed: int = 0) -> tuple[nn.Module, tuple[A
         for name, tensor in (*net.named_parameters(), *net.named_buffers()):
             if not tensor.is_floating_point():
                 continue
-            if (
-                tensor.ndim > 1
-            ):  # torch's encoder starts with equal layers, which an exporter stores once
+            # Torch's encoder starts with equal layers, which an exporter stores once.
+            if tensor.ndim > 1:
                 tensor.add_(0.01 * torch.randn_like(tensor))
             if name.endswith(("running_var", "gamma")) or (
                 tensor.ndim == 1 and name.endswith("weight")

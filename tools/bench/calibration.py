@@ -1,4 +1,4 @@
-"""How much calibration data, and of what kind: fewer and more images, another domain, noise; the last have no meaning.
+"""Study of calibration data: fewer and more images, images of another domain, and noise.
 
 The first 512 images of the network's own domain are the shipped ones; more come from the training set, where
 ``--mnist DIR`` and ``--fashion DIR`` say where its IDX files are. All calibration data are unlabelled.

@@ -1,4 +1,4 @@
-"""What pruning costs as networks grow: seconds and memory against width, depth, samples and resolution.
+"""Study of the cost of pruning: seconds and memory against width, depth, samples and resolution.
 
 Plain stacks of 3 x 3 convolutions with seeded random weights, fed noise: accuracy means nothing, sizes do. One size at
 a time moves, the others stay as in ``BASE``. The exponent b of seconds = start-up + a * size ** b is that between the
@@ -32,7 +32,7 @@ SWEEPS: Mapping[str, tuple[int, ...]] = {
 }
 STAGES = ("calibrate", "sensitivity", "plan and refit")
 GATE = "verify"
-"""The stage that holds the latency gate, which measures for as long as it was told: no part of ``seconds``."""
+"""The stage that holds the latency gate, which measures for a fixed time: no part of ``seconds``."""
 COLUMNS = ("varied", *BASE, "seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
 CLOCKED = ("seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
 EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB added")

@@ -1,4 +1,4 @@
-"""What pruning costs against the size of a network: seconds by stage with their exponents, memory, passes."""
+"""Figure of the cost of pruning against network size: seconds by stage with exponents, memory, passes."""
 
 from __future__ import annotations
 

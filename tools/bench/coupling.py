@@ -1,4 +1,4 @@
-"""Seconds to find out what goes together, on graphs that people know (from the onnx package; weights do not matter)."""
+"""Study of the seconds that coupling takes, on well-known graphs (from the onnx package; weights do not matter)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What share of the parameters stays when every group is halved, on exports of well-known architectures.
+"""Study of the share of parameters that stays when every group is halved, on well-known architectures.
 
 Random weights: only the structure matters. Both exporters of torch; beside it what onnxsim and Torch-Pruning keep of
 the same network when asked for half of the channels. Needs the ``experiments`` extra.

@@ -3,7 +3,7 @@
 The default finds them with decoupled scores, one program over all groups, and held-out samples. The published program
 and the exact one, over ten images, decide by their keep variables at the published threshold 0.1; only LeNet-300-100 is
 small enough for them. With ``--mnist DIR`` (and torch), LeNet-300-100 is trained from further seeds, into the folder of
-the results. Rows are saved as they are found, and a study that was stopped goes on after the last one.
+the results. Rows are saved as they are found, and a stopped study continues after the last one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What decoupled scoring costs: seconds and memory against images, width and groups, up to a ResNet-50.
+"""Study of the cost of decoupled scores: seconds and memory against images, width and groups, up to a ResNet-50.
 
 The ResNet-50 is the graph in the onnx package with seeded random weights, fed 112 x 112 images; the others are the
 shipped VGG on fewer or more images, and dense networks of growing width. Peak memory is of a process of its own.

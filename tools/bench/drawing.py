@@ -1,4 +1,4 @@
-"""What all pictures share: fonts, colours, names beside what they name, and a file that says which rows it shows."""
+"""Functions shared by the figures: fonts, colours, labels, and the digest of the rows that a figure shows."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ TIMED = ("speed", "latency", "cost")
 
 
 class Outcome(NamedTuple):
-    """What became of a study, and why."""
+    """Outcome of a study, with its reason."""
 
     name: str
     what: Literal["done", "left out", "failed"]

@@ -20,10 +20,13 @@ from .studies import Row
 
 
 class Drawn(NamedTuple):
-    """``draw`` takes rows and a file; ``told`` is for those who do not see it, ``caption`` says how to read it."""
+    """Figure of a study.
+
+    ``draw`` takes rows and a file, ``alt`` is the text for readers without pictures, ``caption`` the legend.
+    """
 
     draw: Callable[[Sequence[Row], Path], None]
-    told: str
+    alt: str
     caption: str
 
 

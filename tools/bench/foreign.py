@@ -53,7 +53,7 @@ LENGTHS = (7, 12)
 
 
 class Missing(Exception):
-    """What is needed for a model is not installed; the message says what."""
+    """A package needed for a model is not installed; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which units go: importance methods at equal counts per group, without and with a repair, on every shipped model.
+"""Study of importance methods at equal widths, without and with a repair, on every shipped model.
 
 Every group keeps the same share of its units, so that nothing but the choice of units differs between columns.
 """

@@ -119,7 +119,7 @@ class Bench:
         self.before = 100 * float((self.expected.argmax(1) == self.truth).mean())
 
     def feeds(self, images: Array) -> Iterator[dict[str, Array]]:
-        """What the network is fed, batch by batch."""
+        """Inputs of the network, batch by batch."""
         for i in range(0, len(images), BATCH):
             yield {"input": images[i : i + BATCH].astype(np.float32) * self.scale + self.offset}
 

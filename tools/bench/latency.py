@@ -1,4 +1,4 @@
-"""What a cut is worth in time: ideal, predicted and measured speed-up, with and without aligned widths, and onnxsim's.
+"""Study of speed-up: ideal, predicted and measured, with and without aligned widths, beside onnxsim's.
 
 Ours at half and at a quarter of the MACs, once with the step of widths that was measured here (``--align auto``, the
 default) and once with ``--align 1``; onnxsim by L2 norm with its ratio bisected to the same budgets. Ideal is MACs
@@ -206,7 +206,7 @@ def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.get("ours", 1.0) < 1:
             found.setdefault((row["model"], row["MACs asked"]), []).append(row)
-    told = []
+    reported = []
     for (model, budget), slow in found.items():
         where = "; ".join(
             f"{r['device']}{'' if r['threads'] is None else ', threads ' + str(r['threads'])}, batch {r['batch']}: "
@@ -218,10 +218,10 @@ def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
         if more:
             text += f" The cut adds nodes ({more})"
             text += ", which put zeros back around normalisations." if "Pad" in more else "."
-        told.append(
+        reported.append(
             f"{text} `prune` does not write a model that it measures slower, without `--force`."
         )
-    return told
+    return reported
 
 
 def _timed(

@@ -1,7 +1,7 @@
 """Peak memory of ``prune`` against ``--max-memory``, of shipped networks and of made ones that are wide, deep or long.
 
 Every run is a process of its own. Its peak is the kernel's maximum of resident pages, those of libraries among them.
-A study that is stopped goes on where it was when it is run again.
+A stopped study continues when it is run again.
 """
 
 from __future__ import annotations

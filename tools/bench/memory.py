@@ -108,9 +108,9 @@ def child(asked: str) -> None:
     resolve_device("cpu")
     watch = Watch()
     if verb == "score":
-        pipeline.score(model, data, Path(f"{output}.npz"), settings, watch.told)
+        pipeline.score(model, data, Path(f"{output}.npz"), settings, watch.record)
     else:
-        pipeline.prune(model, data, Path(f"{output}.onnx"), settings, progress=watch.told)
+        pipeline.prune(model, data, Path(f"{output}.onnx"), settings, progress=watch.record)
     print(json.dumps(watch.finish()))
 
 
@@ -126,7 +126,7 @@ class Watch:
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def told(self, stage: str, *_: int) -> None:
+    def record(self, stage: str, *_: int) -> None:
         """A progress callback."""
         self._close(stage if self.peaks else "load")
 

@@ -1,6 +1,6 @@
 """Other pruners of a shipped network, each as a function from its ratio (0 to 1) to a pruned ONNX model.
 
-onnxsim gets the simplified file (it wants batch normalisation folded) and prunes channels and heads. Torch-Pruning gets
+onnxsim gets the simplified file (it needs batch normalisation folded) and prunes channels and heads. Torch-Pruning gets
 the network rebuilt in torch; what its own README asks users to patch by hand after pruning (widths that the forward
 pass spells out) is patched. Both get the calibration images, Taylor and Hessian their labels too.
 """
@@ -72,9 +72,8 @@ def of_onnxsim(name: str, images: np.ndarray[Any, Any]) -> dict[str, Peer]:
             title = f"onnxsim {('L2', 'Wanda')[wanda]}, {RANKINGS[together]}"
             once = cache(partial(cut, wanda, together))
             found[title] = Peer(once)
-            if (
-                not together
-            ):  # a layer that loses inputs and outputs is not refitted: nothing else is left here
+            # A layer that loses inputs and outputs is not refitted: nothing else is left here.
+            if not together:
                 found[f"{title}, ridge refit"] = Peer(once, refit)
     return found
 

@@ -321,15 +321,15 @@ def page(results: Path) -> str:
         parts += [f"## {title}", text]
         if study in FIGURES:
             parts += [
-                f"![{FIGURES[study].told}](figures/{study}.svg)",
+                f"![{FIGURES[study].alt}](figures/{study}.svg)",
                 f"*{FIGURES[study].caption}*",
             ]
         if study == "coverage":
             parts += [table(_compared(record), COMPARED), "By network and exporter:"]
         parts.append(table(record["rows"], SHOWN.get(study, record["columns"])))
-        told = _remarks(results, record)
-        if told:
-            parts.append("\n".join(f"- {line}" for line in told))
+        lines = _remarks(results, record)
+        if lines:
+            parts.append("\n".join(f"- {line}" for line in lines))
         parts.append(_again(record))
     return "\n\n".join(parts) + "\n"
 
@@ -411,9 +411,8 @@ COMPARED = ("tool", "median kept %", "most kept %", "given", "not done")
 def _compared(record: dict[str, Any]) -> list[Row]:
     """Return one row per tool: the share that it keeps over all networks."""
     rows = record["rows"]
-    networks = {
-        row["network"]: row["Torch-Pruning %"] for row in rows
-    }  # pruned before they are exported
+    # Pruned before they are exported.
+    networks = {row["network"]: row["Torch-Pruning %"] for row in rows}
     return [
         {"tool": "onnx-oamip", **_spread(row["kept %"] for row in rows)},
         {"tool": "onnxsim", **_spread(row["onnxsim %"] for row in rows)},

@@ -36,9 +36,8 @@ def rebuild(name: str, file: Path | None = None) -> nn.Module:
     proto = onnx.load(file or paths(name)[0])
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     for node in proto.graph.node:
-        if (
-            node.op_type == "Identity" and node.input[0] in values
-        ):  # weights that were equal are stored once
+        # Weights that were equal are stored once.
+        if node.op_type == "Identity" and node.input[0] in values:
             values[node.output[0]] = values[node.input[0]]
     net: nn.Module = RECIPES[name].build().eval()
     if not any(node.op_type == "BatchNormalization" for node in proto.graph.node):

@@ -8,7 +8,7 @@ first answers that are those of the original, and the mean Kullback-Leibler dive
 EfficientNet-Lite0 needs ``--larger DIR``, the folder that ``tools/make_larger_models.py`` fills.
 
 Plans, models and records of the training are kept in the folder ``recover`` beside the result, and what is there is not
-made again: a study that is stopped goes on where it was.
+made again: a stopped study continues.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run that was killed costs once more: seconds of the rerun over those of a whole run from an empty cache.
+"""Study of resumed runs: seconds of the rerun of a killed run over those of a run from an empty cache.
 
 The whole run, the killed one and the rerun are processes of their own, as a shell starts them, so that importing
 counts. A run is killed (SIGKILL) at the first call of a stage, and so is never asked to put anything in order.
@@ -28,7 +28,7 @@ STAGES = {
     "refit": "repair.least_squares.least_squares",
     "verify": "verification.equivalence.prove",
 }
-"""Where a run is killed, in the order of the run: the function that begins a stage."""
+"""Stages at which a run is killed, in their order, with the function that begins each."""
 RUNS = 3
 KILLED = """
 import os, signal, sys

@@ -5,10 +5,11 @@ budget: its ratio is bisected until the MACs of its ONNX file are at most the bu
 channel, as the rivals do, and has time limits that nothing reaches: no clock decides anything here. Seed 0 takes the
 images in their order, another seed shuffles them, which says which ones fit and which ones judge.
 
-``rivals-rows-MODEL`` has a row per budget and method; the others are made from all that lie in the folder, so that
-models can be run one at a time: ``rivals`` the best of each rival, picked per row by the very accuracy that is shown,
-``rivals-importances`` every importance of ours, ``rivals-summary`` what half the MACs cost. Needs the ``experiments``
-extra.
+``rivals-rows-MODEL`` has a row per budget and method, and is written after each method. Methods that it already holds
+are not run again: a stopped study continues, and deleting the rows of one method measures that method anew. The other
+tables are computed from all rows in the folder, so that models can be run one at a time: ``rivals`` shows the best
+variant of each rival, selected per row by the accuracy shown, ``rivals-importances`` every importance of ours, and
+``rivals-summary`` the points lost at half the MACs. Needs the ``experiments`` extra.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +36,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 
-from .studies import MODELS, Row, paths, save, store, together
+from .studies import MODELS, Row, environment, paths, save, store, together
 
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
 OURS: Mapping[str, dict[str, str]] = {
@@ -75,30 +76,52 @@ LEVEL = 0.05
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), seeds: int = 1) -> str:
-    """One row per model and budget; ours and random are means over ``seeds`` seeds from ``seed`` on."""
+    """Measure every method on every model, and compute the tables.
+
+    Args:
+        out: Folder of the rows; methods with rows there are not measured again.
+        seed: First seed.
+        names: Models; all shipped ones where empty.
+        seeds: Number of seeds for ours and random, whose accuracies are means over them.
+
+    Returns:
+        The table of the best rivals in Markdown.
+    """
     from . import peers  # noqa: F401  before hours of work: what it needs may not be installed
 
-    every = range(seed, seed + seeds)
     for name in names or tuple(MODELS):
-        rows: list[Row] = []
-        bench = Bench(name)
-
-        def add(more: list[Row], name: str = name, rows: list[Row] = rows) -> None:
-            rows += more
-            store(out, f"rivals-rows-{name}", rows, ROWS, seed)
-
-        for method, changes in OURS.items():
-            for s in every:
-                add(_ours(bench, method, changes, s))
-        for method, peer in bench.peers().items():
-            add(_theirs(bench, method, peer))
-        for importance in IMPORTANCES:
-            add(_ours(bench, f"ours ({importance})", {"importance": importance}, seed))
+        _measure(out, name, seed, range(seed, seed + seeds))
     return conclude(out, seed)
 
 
+def _measure(out: Path, name: str, seed: int, seeds: Sequence[int]) -> None:
+    """Measure the methods whose rows of a model are not complete, and store the rows after each."""
+    file = out / f"rivals-rows-{name}.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    rows: list[Row] = stored["rows"]
+    environments = [stored["environment"]] if rows else []
+    bench = Bench(name)
+
+    def add(method: str, at: int | None, measure: Callable[[], list[Row]]) -> None:
+        of_method = [row for row in rows if (row["method"], row["seed"]) == (method, at)]
+        if len(of_method) == len(BUDGETS):
+            return
+        rows.extend(measure())
+        measured = together([*environments, environment()])
+        store(out, f"rivals-rows-{name}", rows, ROWS, seed, measured=measured)
+
+    for method, changes in OURS.items():
+        for each in seeds:
+            add(method, each, partial(_ours, bench, method, changes, each))
+    for method, peer in bench.peers().items():
+        add(method, None, partial(_theirs, bench, method, peer))
+    for importance in IMPORTANCES:
+        method, changes = f"ours ({importance})", {"importance": importance}
+        add(method, seed, partial(_ours, bench, method, changes, seed))
+
+
 def conclude(out: Path, seed: int) -> str:
-    """What all rows in the folder come to."""
+    """Compute the tables from all rows in the folder."""
     files = [out / f"rivals-rows-{name}.json" for name in MODELS]
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     rows = [row for record in records for row in record["rows"]]
@@ -147,7 +170,7 @@ class Bench:
         return 100 * float(self.right(proto).mean())
 
     def right(self, proto: onnx.ModelProto) -> Bools:
-        """Which evaluation images are classified right."""
+        """Correct evaluation images, as a mask."""
         session = Session(proto, "cpu")
         parts = [
             session.run({"input": self.unseen[i : i + 500]})[0]
@@ -313,7 +336,7 @@ def remarks(found: Sequence[Row]) -> list[str]:
     """Return a count of the rows without a better rival, and one sentence for every row with one."""
     behind = [r for r in found if r.get("ours ahead by", 0.0) < 0]
     rows = sum("ours ahead by" in r for r in found)
-    told = [
+    reported = [
         f"Ours is at or above every variant of every rival in {rows - len(behind)} of {rows} rows."
     ]
     for row in behind:
@@ -331,8 +354,8 @@ def remarks(found: Sequence[Row]) -> list[str]:
         )
         if row["McNemar p"] >= LEVEL:
             text += " The lead is within the noise of the images, and the rival's variant was picked by this accuracy."
-        told.append(text)
-    return told
+        reported.append(text)
+    return reported
 
 
 def importances(rows: Sequence[Row]) -> list[Row]:

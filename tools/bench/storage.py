@@ -62,10 +62,10 @@ def _row(model: Path, data: Path, folder: Path, seed: int) -> Row:
     )
     packing.unpack(folder / "lossy.oamip", folder / "lossy.onnx")
     found = comparison.compare(model, folder / "lossy.onnx", unseen, Settings.create())
-    told = document.packing(exact, rivals=True)
-    sizes = {"lossless": exact.nbytes, "lossy": lossy.nbytes, **told["rivals"]}
+    reported = document.packing(exact, rivals=True)
+    sizes = {"lossless": exact.nbytes, "lossy": lossy.nbytes, **reported["rivals"]}
     sizes["fp16, zip"] = sizes.pop("fp16_zip")
-    before = told["before"]["bytes"]
+    before = reported["before"]["bytes"]
     assert lossy.verification is not None
     assert lossy.verification.accuracy_before is not None
     assert lossy.verification.accuracy_after is not None

@@ -1,4 +1,4 @@
-"""What all studies share: the shipped models, the environment, tables."""
+"""Functions shared by the studies: the shipped models, the environment, tables."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def paths(name: str) -> tuple[Path, Path]:
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to judge a number."""
+    """Machine, versions and thread settings of a measurement."""
     optional = ("highspy", "gurobipy", "torch", "torch-pruning", "onnxsim")
     used = [p for p in optional if p.replace("-", "_") in sys.modules]
     packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx", *used)}

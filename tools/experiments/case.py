@@ -46,7 +46,7 @@ from .protocol import NETWORKS, WEIGHT, Bools, Network
 DEVICE = "cpu"
 LAYER_WISE = frozenset({MOMENTS, COVARIANCE})
 TREATMENTS = ("fold", "cut", "refit")
-"""What is done about removed units: their constants folded as published; nothing; least squares on the consumers."""
+"""Treatments of the consumers of removed units: constants folded as published, none, least squares."""
 EVALUATE = 1000
 
 
@@ -78,7 +78,7 @@ class Case:
         return [n for n in dict.fromkeys(names) if self.model.constants[n].ndim > 1]
 
     def by_weight(self, keep: Bools) -> dict[str, Bools]:
-        """Which rows of every such weight stay."""
+        """Keep mask of the rows of every such weight."""
         return {name: self.coupling.keep((name, 0), keep) for name in self.weights()}
 
 
@@ -205,7 +205,7 @@ def measured(case: Case, keep: Bools, treatments: tuple[str, ...] = TREATMENTS) 
 
 
 def gone(case: Case, keep: Bools) -> dict[str, float]:
-    """What a mask removes, in percent.
+    """Shares that a mask removes, in percent.
 
     ``units`` of all hidden units; ``zeroed``: the published figure, weights that make removed units over all
     parameters; ``parameters`` and ``macs`` of the network that is cut.
@@ -230,7 +230,7 @@ def gone(case: Case, keep: Bools) -> dict[str, float]:
 
 
 def program(records: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
-    """What the programs behind some scores said: how many, the worst gap, all their seconds, solvers."""
+    """Summary of the programs behind some scores: count, largest gap, total seconds, solvers."""
     gaps = [float(r["gap"]) for r in records]
     return {
         "programs": len(records),

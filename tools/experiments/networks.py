@@ -109,9 +109,8 @@ def export(model: nn.Module, path: Path) -> None:
     """Write the network as ONNX, with a free batch axis."""
     held = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # this exporter is the older one: it needs no further package
+        # This exporter is the older one: it needs no further package.
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
             (torch.zeros(2, 1, 28, 28),),

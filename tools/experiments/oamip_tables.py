@@ -4,7 +4,7 @@
 
 Trains FC-3, FC-4 and LeNet-5, prunes them by the package's methods at the counts of the published program, and writes
 one JSON file, one Markdown page and its plots. Trained networks and finished parts stay in the work folder, so that a
-run that was stopped goes on; give another folder to start afresh. Set OMP_NUM_THREADS=1 for the seconds of the page.
+stopped run continues; give another folder to start afresh. Set OMP_NUM_THREADS=1 for the seconds of the page.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Run:
         return self.cases[key]
 
     def path(self, key: tuple[str, str, int]) -> Path:
-        """Where a trained network is."""
+        """Path of a trained network."""
         network, name, seed = key
         return self.work / f"{network}-{name}-seed{seed}-epochs{self.protocol.epochs}.onnx"
 
@@ -116,9 +116,8 @@ class Run:
                 f"main-{_name(key)}", partial(self._part, main_table.run, key, tried)
             )
             which = record["exact"]["which"]
-            modes.setdefault(
-                key[:2], (which,) if which else ()
-            )  # later seeds take what served the first
+            # Later seeds take what served the first.
+            modes.setdefault(key[:2], (which,) if which else ())
             found["main"][_name(key)] = record
         for key in self.keys():
             scores = np.array(found["main"][_name(key)]["scores"])

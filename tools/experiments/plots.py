@@ -145,7 +145,7 @@ def _images(protocol: Protocol, found: dict[str, Records]) -> Any:
 
 
 def _weights(protocol: Protocol, found: dict[str, Records]) -> Any:
-    """What lambda does to the share that goes, and to the accuracy."""
+    """Draw the removed share and the accuracy against lambda."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))

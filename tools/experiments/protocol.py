@@ -1,4 +1,4 @@
-"""What is tried, in numbers: the published protocol and what these runs add to it."""
+"""Parameters of the experiments: the published protocol and the additions to it."""
 
 from __future__ import annotations
 

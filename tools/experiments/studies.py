@@ -1,4 +1,4 @@
-"""What the published program depends on: the images, lambda, one program or one a class, images per class."""
+"""Studies of the published program: dependence on images, lambda, programs per class and images per class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RULES = ("least sure", "any correct")
 
 
 def judged(case: Case, scores: Scores) -> dict[str, Any]:
-    """What a set of scores does at the network's threshold: what goes, and accuracy by treatment."""
+    """Shares removed at the network's threshold by a set of scores, and the accuracy after each treatment."""
     widths = below(case, scores.values, case.about.threshold)
     keep = mask(case, scores.values, widths)
     found: dict[str, Any] = {"gone": gone(case, keep), "accuracy": measured(case, keep, SHOWN)}

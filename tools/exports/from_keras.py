@@ -1,7 +1,7 @@
 """Keras on TensorFlow: Keras' own export, tf2onnx by TensorFlow Lite, and tf2onnx's translation without its optimisers.
 
-Keras keeps the channels last. tf2onnx puts a Transpose before and after everything that ONNX wants with channels first;
-its optimisers take most of them away again.
+Keras keeps the channels last. tf2onnx puts a Transpose before and after every operator that ONNX defines with channels
+first; its optimisers remove most of them again.
 """
 
 from __future__ import annotations

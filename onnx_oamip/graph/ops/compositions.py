@@ -101,9 +101,8 @@ def _softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
     axis = int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % max(rank, 1)
     shape = graph.shape(node.inputs[0])
     last = shape is not None and all(size == 1 for size in shape[axis + 1 :])
-    if (
-        node.version < 13 and axis < rank - 1 and not last
-    ):  # one distribution over all axes from here on
+    # One distribution over all axes from here on.
+    if node.version < 13 and axis < rank - 1 and not last:
         return None
     return node.inputs[0], axis
 

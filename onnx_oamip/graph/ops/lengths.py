@@ -150,7 +150,7 @@ def _listed_lengths(
     slot: int,
     axes: list[int] | None,
 ) -> Edit:
-    """As ``_lengths``, in a list that is joined; what a computed length could cut was pinned."""
+    """Edit of a list of lengths that is concatenated; channels that a computed length could cut were pinned."""
     out = node.outputs[0]
     known = elements(node.inputs[slot], cuts)
     if known is None:

@@ -281,9 +281,8 @@ def _same_elements(node: Node, labels: Labels) -> None:
 def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
     name, out = node.inputs[0], node.outputs[0]
     if all(cuts.keep(name, axis) is None for axis in range(len(cuts.shape(name)))):
-        return (
-            Edit()
-        )  # behind a normalisation of all channels, the kept ones are taken from the result
+        # Behind a normalisation of all channels, the kept ones are taken from the result.
+        return Edit()
     last = _group_norm_end(node, cuts)
     if last is not None and cuts.keep(out, 1) is None:
         return Edit(spread=1, until=last.name)

@@ -1,4 +1,4 @@
-"""Entry of one operator: all that the package knows about it, in facets."""
+"""Entry of one operator: all that the package uses of it, in facets."""
 
 from __future__ import annotations
 

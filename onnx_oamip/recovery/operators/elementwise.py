@@ -62,9 +62,8 @@ def _mean(call: Call, *inputs: Tensor) -> Tensor:  # noqa: ARG001
 def _power(a: Tensor, b: Tensor) -> Tensor:
     if b.numel() == 1 and not b.requires_grad:
         exponent = b.item()
-        if (
-            exponent == 2
-        ):  # the gradient by a general exponent is slower, and not finite at 0 for some
+        # The gradient by a general exponent is slower, and not finite at 0 for some.
+        if exponent == 2:
             return a * a
         return torch.pow(a, exponent).to(a.dtype)
     return torch.pow(a, b).to(a.dtype)

@@ -730,9 +730,8 @@ def _extent(text: str) -> float:
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # the reader's fonts draw the texts
+        # The reader's fonts draw the texts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 

@@ -1,4 +1,4 @@
-"""Elements of a page, and their rendering to one HTML file. This module knows nothing of the content."""
+"""Elements of a page, and their rendering to one HTML file. This module does not depend on the content."""
 
 from __future__ import annotations
 

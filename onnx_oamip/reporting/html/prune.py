@@ -261,9 +261,8 @@ def _errors(value: Document) -> Section | None:
         return None
     shown = largest([fit["error_before"] or 0.0 for fit in fits], ROWS)
     errors = [(fits[i]["node"], fits[i]["error_before"], fits[i]["error_after"]) for i in shown]
-    rows = [
-        row for row in errors if None not in row
-    ]  # an error that is not finite has no place on an axis
+    # An error that is not finite has no place on an axis.
+    rows = [row for row in errors if None not in row]
     span = charts.decades([error for row in rows for error in row[1:]])
     lead = (
         "What is left of the output of every node that was refitted, in graph order: mean squared error on held-out "

@@ -70,9 +70,8 @@ def test_macs_count_projection_and_products(tmp_path: Path) -> None:
         )
         wide = 2 * heads
         before, behind = 4 * 5 * inner, 4 * wide * 3
-        attention = (
-            4 * inner * 3 * wide + 2 * 4 * 4 * wide
-        )  # queries with keys, probabilities with values
+        # Queries with keys, probabilities with values.
+        attention = 4 * inner * 3 * wide + 2 * 4 * 4 * wide
         assert ledger.cost(widths).macs == before + attention + behind
 
 

@@ -47,9 +47,8 @@ def _half(coupling: Coupling, *kinds: str) -> Bools:
 
 def _values() -> dict[str, Array]:
     rng = np.random.default_rng(1)
-    lengths = np.asarray(
-        [LENGTH, 4, 3]
-    )  # the optimiser takes a mask for the number of ones in front
+    # The optimiser takes a mask for the number of ones in front.
+    lengths = np.asarray([LENGTH, 4, 3])
     mask = (np.arange(LENGTH) < lengths[:, None]).astype(np.int64)
     return {"input_ids": rng.integers(0, 20, (3, LENGTH)), "attention_mask": mask}
 

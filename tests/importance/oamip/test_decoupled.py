@@ -121,9 +121,8 @@ def _problem(
     factor = rng.standard_normal((d, d)) * np.exp(0.5 * rng.standard_normal((d, 1)))
     covariance = factor @ factor.T / d
     weight = rng.standard_normal((outs, d))
-    if (
-        twist > 1
-    ):  # weights along which the inputs hardly vary: the sum is far quieter than its parts
+    # Weights along which the inputs hardly vary: the sum is far quieter than its parts.
+    if twist > 1:
         vectors = np.linalg.eigh(covariance)[1]
         weight = rng.standard_normal((outs, 2)) @ vectors[:, :2].T + weight / (10 * twist)
     scale = float(np.einsum("od,de,oe->", weight, covariance, weight))
@@ -505,7 +504,7 @@ def _set(unit: int, value: float) -> Callable[[Array], Array]:
 
 @pytest.mark.parametrize("refit", REFITS)
 def test_dead_unit_scores_lowest(refit: str, tmp_path: Path) -> None:
-    """One that never is on, and one that nobody listens to."""
+    """A unit that is never active, and one without consumers."""
     silent: Mapping[str, Callable[[Array], Array]] = {"w1": _set(7, 0.0), "b1": _set(7, -2.0)}
     ready = _ready(_change(build(MLP), silent), tmp_path / "a", 256)
     units = ready[1].axes["h", 1]
@@ -522,7 +521,7 @@ def test_dead_unit_scores_lowest(refit: str, tmp_path: Path) -> None:
 
 
 def test_constant_unit_is_removed_first_if_its_mean_is_folded(tmp_path: Path) -> None:
-    """Always 2: of no account once the mean is in the bias, of much where nothing is mended."""
+    """Always 2: of no account once the mean is in the bias, of much without a refit."""
     always: Mapping[str, Callable[[Array], Array]] = {"w1": _set(3, 0.0), "b1": _set(3, 2.0)}
     ready = _ready(_change(build(MLP), always), tmp_path, 256)
     units = ready[1].axes["h", 1]
@@ -588,11 +587,11 @@ def test_scores_are_permuted_within_groups_only(net: str, refit: str, tmp_path: 
         np.testing.assert_array_equal(result.values, own.values)
         return
     assert len(result.notes) == len(own.notes) + 1
-    told = result.notes[-1]
-    assert told.startswith("orders of removal measured on 100 samples; least loss by groups: ")
+    reported = result.notes[-1]
+    assert reported.startswith("orders of removal measured on 100 samples; least loss by groups: ")
     orders = {"the program": own.values, **own.others}
     counts = dict.fromkeys(orders, 0)
-    for part in told.partition("groups: ")[2].split(", "):
+    for part in reported.partition("groups: ")[2].split(", "):
         name, _, number = part.rpartition(" ")
         counts[name] = int(number)
     assert sum(counts.values()) == len(coupling.groups)

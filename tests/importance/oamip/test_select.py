@@ -1,4 +1,4 @@
-"""The importance method oamip: modes, which images, what goes to whom, what is told."""
+"""The importance method oamip: modes, choice of images, requests to solvers, notes."""
 
 from __future__ import annotations
 
