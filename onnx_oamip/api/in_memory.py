@@ -29,6 +29,7 @@ from onnx_oamip.data.sources import File, Source
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import ModelSource, load
 from onnx_oamip.objective import detect
+from onnx_oamip.planning import idle_branches
 from onnx_oamip.verification.equivalence import judged
 
 
@@ -360,7 +361,7 @@ def inspect(model: ModelSource, *, settings: Settings | None = None, **options: 
     loaded = load(model, stated=asked.shapes)
     objective = detect(loaded, None, asked.task, asked.kinds)
     with judged(loaded):
-        coupling = couple(loaded)
+        coupling = idle_branches.without_compared(loaded, couple(loaded), objective)
     return Inspection(loaded, coupling, objective)
 
 

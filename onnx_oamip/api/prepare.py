@@ -445,7 +445,7 @@ def open_context(
         objective = replace(objective, notes=(*objective.notes, bound))
         LOG.warning("%s", bound)
     with clock("couple"):
-        coupling = idle_branches.removable(in_file, settings.exclude)
+        coupling = idle_branches.removable(in_file, settings.exclude, objective)
         whole = None
         if returns:
             whole = Whole(replace(in_file, notes=model.notes), coupling, returns)

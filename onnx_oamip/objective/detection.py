@@ -23,12 +23,15 @@ from onnx_oamip.core.records.objective import (
     Term,
 )
 from onnx_oamip.graph.ops import kinds
+from onnx_oamip.graph.ops.compositions import sigmoid
 from onnx_oamip.objective.structure import Graph
 from onnx_oamip.objective.tails import Tails
 
 DECISIONS = 2.25
 """Weight of decisions beside values. Both cost 1 where the average answer is given; but a decision is right or wrong,
 and a box that is a little off is still a box."""
+BOX = 4
+"""Coordinates of a box."""
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
 """Kinds in the order in which labels look for their term."""
 
@@ -233,6 +236,8 @@ def _as(
             f"{option} does not fit: '{term.name}' holds {_type(tails.graph.model, term.output)} and comes from no "
             "single floating tensor; leave it out, or say ignore."
         )
+    if kind in ("classes", "embedding") and plain.axis is None:
+        plain = replace(plain, axis=_positions(tails, plain))
     columns = _columns(tails, plain)
     if kind in ("classes", "embedding") and columns is not None and columns < 2:
         what = "classes" if kind == "classes" else "vectors"
@@ -255,6 +260,13 @@ def _columns(tails: Tails, term: Term) -> int | None:
     if term.part and term.part.axis == term.axis:
         return term.part.stop - term.part.start
     return shape[term.axis]
+
+
+def _positions(tails: Tails, term: Term) -> int | None:
+    """The last axis of a tensor of one column, where it counts positions; None where it has no such axis."""
+    shape = tails.graph.shape(term.tensor) or ()
+    last = len(shape) - 1
+    return last if last > 0 and shape[last] > 1 else None
 
 
 def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
@@ -398,6 +410,7 @@ def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
 
 def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
     """The terms with an assumption in place of every kind that the structure leaves open."""
+    terms = [_as_box(tails, term, terms) for term in terms]
     decided = any(
         t.kind in ("classes", "binary")
         and t.source != "labels"
@@ -417,10 +430,43 @@ def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
             and tails.graph.like_an_input(term.output)
         ):
             note = f"output '{term.output}' has the shape of an input picture: its sigmoid gives values, not decisions"
-            result.append(replace(_as_values(term), assumption=_otherwise(note, term, "binary")))
+            values = _behind_sigmoid(tails, term)
+            result.append(replace(values, assumption=_otherwise(note, term, "binary")))
         else:
             result.append(term)
     return result
+
+
+def _as_box(tails: Tails, term: Term, terms: list[Term]) -> Term:
+    """A term of values in place of four sigmoids for every position that other terms score."""
+    if not _is_box_like(tails, term):
+        return term
+    positions = _positions_shape(tails, term)
+    others = [
+        other
+        for other in terms
+        if other is not term
+        and other.kind in ("classes", "binary", "ambiguous")
+        and _positions_shape(tails, other) == positions
+    ]
+    if not others or any(_is_box_like(tails, other) for other in others):
+        return term
+    note = f"the four sigmoids of '{term.name}' are taken for boxes, as other numbers score the same positions"
+    values = _behind_sigmoid(tails, term)
+    return replace(values, assumption=f"{note}; `outputs={term.output}=binary` says otherwise")
+
+
+def _is_box_like(tails: Tails, term: Term) -> bool:
+    """Test for a sigmoid of four columns over positions of one axis."""
+    rank = tails.graph.rank(term.tensor)
+    is_sigmoid = term.kind == "binary" and term.form == "logits" and term.source == "structure"
+    return is_sigmoid and rank == 3 and _columns(tails, term) == BOX
+
+
+def _positions_shape(tails: Tails, term: Term) -> tuple[int, ...]:
+    """Lengths of the axes of a term but that of its columns."""
+    shape = tails.graph.shape(term.tensor) or ()
+    return tuple(length for axis, length in enumerate(shape) if axis != term.axis)
 
 
 def _opened(
@@ -444,7 +490,10 @@ def _opened(
     note = f"output '{term.output}' [{shape}] is taken for values, {reason}"
     columns = _columns(tails, term)
     if columns is not None and columns < 2:
-        return replace(_as_values(term), assumption=_otherwise(note, term, "binary"))
+        note = _otherwise(note, term, "binary")
+        if term.axis is None and _positions(tails, term) is not None:
+            note += f", or `outputs={term.output}=classes` where one of the positions is chosen"
+        return replace(_as_values(term), assumption=note)
     return replace(_as_values(term), assumption=_otherwise(note, term, "classes"))
 
 
@@ -492,6 +541,15 @@ def _by_state(graph: Graph, term: Term) -> Term:
 
 def _as_values(term: Term) -> Term:
     return replace(term, kind="values", form="auto", threshold=None)
+
+
+def _behind_sigmoid(tails: Tails, term: Term) -> Term:
+    """A term of values that a sigmoid gives, in place of decisions by its logits."""
+    values = _as_values(term)
+    for node in tails.graph.readers.get(term.tensor, ()):
+        if sigmoid(tails.graph, node) == term.tensor:
+            return replace(values, tensor=node.outputs[0])
+    return values
 
 
 def _otherwise(note: str, term: Term, kind: str) -> str:

@@ -371,11 +371,55 @@ class Graph:
             if inner is None or inner == ONE_COLUMN or before is None:
                 return inner
             axis = self._matching(source, tensor, inner)
-            return ONE_COLUMN if axis is None and before[inner] == 1 else axis
+            if axis is not None or before[inner] != 1:
+                return axis
+            coordinates = self._coordinates(source)
+            columns = None if coordinates is None else self._matching(source, tensor, coordinates)
+            return ONE_COLUMN if columns is None else columns
         for name in node.inputs:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
         return None
+
+    def _coordinates(self, tensor: str) -> int | None:
+        """The axis of coordinates that each are a mean over bins, as of boxes by distributions; None without.
+
+        One channel is then left of every coordinate: the channels of the layer in front were split into coordinates
+        and bins.
+        """
+        node = self.maker(tensor)
+        if node is None or site(node, self.model.constants) is None:
+            return None
+        bins = node.inputs[0]
+        axes = range(2, len(self.shape(bins) or ()))
+        return next((axis for axis in axes if self._is_split_off(bins, axis, 0)), None)
+
+    def _is_split_off(self, tensor: str, axis: int, depth: int) -> bool:
+        """Test whether a reshape made an axis by splitting a longer one."""
+        node = self.maker(tensor)
+        if node is None or depth > DEPTH or not node.inputs:
+            return False
+        source = node.inputs[0]
+        if has(node, Trait.TRANSPOSES):
+            order = list(node.attrs.get("perm") or range(self.rank(tensor) or 0)[::-1])
+            return self._is_split_off(source, int(order[axis]), depth + 1)
+        shape = self.shape(tensor)
+        lengths = self.shape(source)
+        if shape is None or lengths is None:
+            return False
+        if has(node, Trait.RESHAPES):
+            before = self._matching(tensor, source, axis)
+            if before is not None:
+                return self._is_split_off(source, before, depth + 1)
+            front = math.prod(shape[:axis])
+            return any(
+                length > shape[axis] and length % shape[axis] == 0
+                for place, length in enumerate(lengths)
+                if front
+                in (math.prod(lengths[:place]), math.prod(lengths[: place + 1]) // shape[axis])
+            )
+        is_elementwise = lengths == shape and not self.heavy(node)
+        return is_elementwise and self._is_split_off(source, axis, depth + 1)
 
     def _matching(self, tensor: str, other: str, axis: int) -> int | None:
         """The axis of ``other`` that holds the entries of an axis of ``tensor`` after a reshape."""

@@ -168,7 +168,12 @@ class Tails:
         for name, terms in zip(computed, found, strict=True):
             for term in terms:
                 if term.kind == "ambiguous":  # beside decisions: boxes, offsets, landmarks
-                    result.append(replace(self._term(name, "values"), tail=tail))
+                    values = self._term(name, "values", tail=tail)
+                    is_map = (self.graph.rank(name) or 0) > 2
+                    # Coordinates that are joined with scores are columns, also if one channel became all of them.
+                    result.append(
+                        replace(values, axis=axis) if values.axis is None and is_map else values
+                    )
                 else:
                     result.append(replace(term, tail=", ".join(filter(None, (term.tail, tail)))))
         return _distinct(result)
@@ -254,9 +259,19 @@ class Tails:
         if tensor not in self._decisive:
             self._decisive[tensor] = False
             node = self.graph.maker(tensor)
-            if node is not None and node.op in kinds.POSTPROCESSING and depth < DEPTH:
+            if self._counts(tensor, depth):
+                self._decisive[tensor] = True
+            elif node is not None and node.op in kinds.POSTPROCESSING and depth < DEPTH:
                 self._decisive[tensor] = self._decides(node, tensor, depth)
         return self._decisive[tensor]
+
+    def _counts(self, tensor: str, depth: int = 0) -> bool:
+        """Check whether a tensor is the number of decisions, such as that of the boxes that a suppression leaves."""
+        node = self.graph.maker(tensor)
+        if node is None or node.op not in kinds.COUNTS or depth >= DEPTH:
+            return False
+        decided = node.inputs[0]
+        return self.graph.shape(decided) is None and self.decisive(decided, depth + 1)
 
     def _decides(self, node: Node, tensor: str, depth: int) -> bool:
         read = [name for name in node.inputs if name]
@@ -280,7 +295,7 @@ class Tails:
         if tensor not in self._learnt:
             self._learnt[tensor] = False
             node = self.graph.makers.get(tensor)
-            if node is not None and node.op not in kinds.LENGTHS:
+            if node is not None and (node.op not in kinds.LENGTHS or self._counts(tensor, depth)):
                 cheap = node.op in kinds.POSTPROCESSING and self.graph.maker(tensor) is not None
                 inside = depth < DEPTH and any(
                     self.learnt(name, depth + 1) for name in node.inputs if name
@@ -307,6 +322,8 @@ class Tails:
             if self.graph.shape(tensor) is not None:
                 return self.explain(tensor)
             return []
+        if node is not None and node.op in kinds.COUNTS:
+            return self.decide(node.inputs[0], seen, depth + 1)
         if node is None or node.op not in kinds.POSTPROCESSING or depth > DEPTH:
             return []
         if node.op in ("ArgMax", "Hardmax"):
@@ -320,7 +337,14 @@ class Tails:
             return [*boxes, *self._suppressed(node, seen, depth)]
         if node.op in kinds.COMPARISONS:
             return self._compared(node, seen, depth)
-        read = [name for name in node.inputs if self.graph.op(name) not in kinds.LENGTHS]
+        if node.op in kinds.SIGN:
+            found = self._scores(node.inputs[0], seen, depth)
+            return [self._at(term, 0.0, node.op, "scores") for term in found]
+        read = [
+            name
+            for name in node.inputs
+            if self.graph.op(name) not in kinds.LENGTHS or self._counts(name)
+        ]
         return [term for name in read for term in self.decide(name, seen, depth + 1)]
 
     def _scores(self, tensor: str, seen: set[str], depth: int) -> list[Term]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from onnx_oamip.core.records import Array, Body, Coupling, Model, Node
+from onnx_oamip.core.records import Array, Body, Coupling, Model, Node, Objective
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost, external_data, subgraphs, taken_branches
 from onnx_oamip.graph.coupling import couple, exclude, without
@@ -76,12 +76,13 @@ def _taken(model: Model, parts: Sequence[Samples]) -> dict[str, bool]:
     return {name: min(outcomes) for name, outcomes in found.items() if len(outcomes) == 1}
 
 
-def removable(model: Model, excluded: tuple[str, ...]) -> Coupling:
+def removable(model: Model, excluded: tuple[str, ...], objective: Objective) -> Coupling:
     """Couples a model and leaves out groups that must be kept whole.
 
     Args:
         model: A model; :func:`marked` finds its idle branches.
         excluded: Patterns of names that the user excludes.
+        objective: Terms by which a pruned model is judged.
 
     Returns:
         The coupling.
@@ -89,7 +90,7 @@ def removable(model: Model, excluded: tuple[str, ...]) -> Coupling:
     Raises:
         SettingsError: A pattern matches no weight and no node.
     """
-    coupling = exclude(model, couple(model), excluded)
+    coupling = without_compared(model, exclude(model, couple(model), excluded), objective)
     if not model.idle:
         return coupling
     readers = consumers_by_tensor(model)
@@ -114,6 +115,29 @@ def removable(model: Model, excluded: tuple[str, ...]) -> Coupling:
         reasons.append(
             f"only a branch of {name} reads it, which no calibration sample runs" if name else ""
         )
+    return without(model, coupling, reasons)
+
+
+def without_compared(model: Model, coupling: Coupling, objective: Objective) -> Coupling:
+    """Leaves out groups with channels that a term of the objective compares inside the graph.
+
+    An output may be a sum or a maximum of decisions, so that a decision could be removed like any unit. But each is
+    compared with that of the original.
+
+    Args:
+        model: The coupled model.
+        coupling: Its coupling.
+        objective: Terms by which a pruned model is judged.
+
+    Returns:
+        The coupling without these groups.
+    """
+    output_of = {term.tensor: term.output for term in objective.judged}
+    reasons = []
+    for group in coupling.groups:
+        compared = (output_of[tensor] for tensor, _ in group.multiplicity if tensor in output_of)
+        output = next(compared, None)
+        reasons.append("" if output is None else f"output '{output}' is judged by these channels")
     return without(model, coupling, reasons)
 
 

@@ -87,7 +87,7 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     keep = left.plan.keep
     proto = left.pruned.proto
     model = models.remade(ready.model, proto)
-    coupling = idle_branches.removable(model, ready.settings.exclude)
+    coupling = idle_branches.removable(model, ready.settings.exclude, ready.objective)
     remaining = replace(
         ready,
         model=model,

@@ -84,6 +84,13 @@ PLAIN_PARTS = Pattern(
     (("ambiguous", "y", 1),),
 )
 
+DISTRIBUTIONS = (
+    "(float[N, 3, 3, 3] x) => (float[N, 4, 9] d) <float[20, 3, 1, 1] w, float[1, 5, 1, 1] bins, "
+    "float[6, 3, 1, 1] ws, int64[3] sf = {0, 20, 9}, int64[4] ss = {0, 4, 5, 9}, int64[3] sd = {0, 4, 9}, "
+    "int64[3] st = {0, 6, 9}> { l = Conv(x, w) r = Reshape(l, sf) g = Reshape(r, ss) "
+    "t = Transpose <perm = [0, 2, 1, 3]> (g) p = Softmax <axis = 1> (t) e = Conv(p, bins) d = Reshape(e, sd)"
+)
+
 PATTERNS: dict[str, Pattern] = {
     # ------------------------------------------------------------------------------------------------ softmax, sigmoid
     "softmax": dense("float[] y", "y = Softmax(l)", ("classes", "l", 1)),
@@ -351,6 +358,36 @@ PATTERNS: dict[str, Pattern] = {
         "(float[N, 4] x, int64[N, 4] t) => (float[] y) <float[4, 4] w, int64 zero = {0}, float low = {-10000.0}> "
         "{ l = MatMul(x, w) g = Equal(t, zero) y = Where(g, low, l) }",
         (("ambiguous", "y", 1),),
+    ),
+    "signs of a hash": dense(
+        "int8[] y",
+        "t = Tanh(l) s = Sign(t) y = Cast <to = 3> (s)",
+        ("binary", "t", 1),
+        threshold=0.0,
+    ),
+    "number of detections": Pattern(
+        NMS.format(outs="float[1] n", scores="scores = Sigmoid(fs)").removesuffix("}")
+        + "z = Shape <start = 0, end = 1> (sel) n = Cast <to = 1> (z) }",
+        (("values", "boxes", 2), ("binary", "fs", 1)),
+        threshold=LOGIT,
+    ),
+    "boxes by distributions": Pattern(DISTRIBUTIONS + " }", (("ambiguous", "d", 1),)),
+    "boxes by distributions and scores in one": Pattern(
+        DISTRIBUTIONS.replace("float[N, 4, 9] d", "float[] y")
+        + " s = Conv(x, ws) f = Reshape(s, st) q = Sigmoid(f) y = Concat <axis = 1> (d, q) }",
+        (("values", "d", 1), ("binary", "f", 1)),
+    ),
+    "soft argmin of depth": Pattern(
+        "(float[N, 3, 8, 8] x) => (float[N, 8, 8] d) <float[5, 3, 1, 1] w, float[1, 5, 1, 1] bins, "
+        "int64[1] one = {1}> { l = Conv(x, w) p = Softmax <axis = 1> (l) e = Conv(p, bins) d = Squeeze(e, one) }",
+        (("values", "d", None),),
+    ),
+    "sigmoid boxes of queries": sequence(
+        "float[] b, float[N, 5, 4] c",
+        "b = Sigmoid(l) u = Constant <value_float = 2.0> () v = Mul(x, u) i = Constant <value_ints = [0, 1, 2]> () "
+        "c = Gather <axis = 2> (v, i)",
+        ("values", "b", 2),
+        ("ambiguous", "c", 2),
     ),
     "an operator that nobody knows": Pattern(
         "(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }",
@@ -733,6 +770,15 @@ def test_user_kind_overrides_the_detected_kind(tmp_path: Path) -> None:
     )
     assert only(detect(model, task="classes")).tensor == "l"
     assert only(detect(model, np.asarray([0, 1]), outputs={"y": ("values", 1.0)})).kind == "values"
+
+
+def test_positions_are_classes_where_the_user_states_it(tmp_path: Path) -> None:
+    text = """(float[N, 5, 6] x) => (float[N, 5] y) <float[6, 1] w, int64[1] last = {2}>
+        { l = MatMul(x, w) y = Squeeze(l, last) }"""
+    model = load(build(text), tmp_path)
+    assert "`outputs=y=classes` where one of the positions is chosen" in detect(model).notes[0]
+    found = only(detect(model, outputs={"y": ("classes", 1.0)}))
+    assert (found.kind, found.tensor, found.axis) == ("classes", "y", 1)
 
 
 def test_user_weight_applies_to_a_part(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from graphs import build, load
 
+from onnx_oamip.core.records import Objective
 from onnx_oamip.data import dataset
 from onnx_oamip.graph import cost
+from onnx_oamip.objective import detect
 from onnx_oamip.planning.idle_branches import marked, removable
 
 NET = """(float[N,6] x, bool flag) => (float[N,4] y)
@@ -44,7 +46,7 @@ def test_weights_of_an_idle_branch_are_kept(
     samples = dataset.load(feeds, model)
     assert samples is not None
     known = marked(model, samples)
-    coupling = removable(known, ())
+    coupling = removable(known, (), Objective())
     assert {group.name for group in coupling.groups} == free
     reasons = {pin.tensor: pin.reason for pin in coupling.pinned if "no calibration" in pin.reason}
     idle = {"w0", "w1", "back", "w2"} - free
@@ -67,6 +69,26 @@ def test_macs_of_an_idle_branch_are_not_counted(
     assert cost.count(marked(model, samples)).macs == 6 * 12 + branches + 10 * 4
 
 
+def test_decisions_that_are_summed_are_kept(tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (int64[N] age, float[N,12] r) <float[6,12] w, float[12,5] v, float half = {0.5},
+        int64[1] last = {1}> {
+        h = MatMul(x, w) r = Relu(h) l = MatMul(r, v) p = Sigmoid(l) d = Greater(p, half) i = Cast <to = 7> (d)
+        age = ReduceSum <keepdims = 0> (i, last) }"""
+    model = load(build(text), tmp_path)
+    coupling = removable(model, (), detect(model))
+    assert not coupling.groups
+    assert "output 'age' is judged by these channels" in {pin.reason for pin in coupling.pinned}
+    ignored = removable(
+        model, (), detect(model, outputs={"age": ("ignore", 1.0), "r": ("values", 1.0)})
+    )
+    assert {group.name for group in ignored.groups} == {"v"}
+
+
 def test_random_samples_decide_nothing(tmp_path: Path) -> None:
     model = load(build(NET), tmp_path)
-    assert {group.name for group in removable(model, ()).groups} == {"w0", "w1", "back", "w2"}
+    assert {group.name for group in removable(model, (), Objective()).groups} == {
+        "w0",
+        "w1",
+        "back",
+        "w2",
+    }

@@ -177,6 +177,10 @@ POSTPROCESSING = DECISIONS | {
 """Operators without weights that may follow the last layer."""
 LENGTHS = frozenset({"ConstantOfShape", "EyeLike", "Range", "Shape", "Size"})
 """Operators that read lengths, not values."""
+COUNTS = frozenset({"Shape", "Size"})
+"""Operators that give the lengths of their input."""
+SIGN = frozenset({"Sign"})
+"""Compares with zero."""
 LOGARITHMS = frozenset({"Log", "LogSoftmax"})
 COMPOSED = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "LpNormalization"})
 """Operators that exporters also write out in elementary ones (``compositions``)."""
