@@ -128,6 +128,8 @@ def load(
     else:
         name = str(Path(path))
         found = read(Path(path))
+    for value in found.proto.graph.input:
+        port_of(value)  # before other libraries read it
     interface = default_inputs.take(found.proto)
     try:
         # Shape inference follows every call of a function: too many calls are refused before.

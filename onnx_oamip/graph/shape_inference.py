@@ -24,10 +24,12 @@ from onnx_oamip.graph.ops import (
     Trait,
     build,
     has,
+    kinds,
     lookup,
     rule_errors,
 )
 from onnx_oamip.graph.ops.spec import Flow
+from onnx_oamip.graph.ops.windows import missing
 from onnx_oamip.graph.symbolic_dims import Dims, Entries, Size, numbers, product
 from onnx_oamip.graph.symbolic_values import follow
 
@@ -478,26 +480,45 @@ def fitting_types(
     sizes = dict(bound)
     shapes, dtypes = all_types(proto, sizes, nodes)
     found = dict(sizes), shapes, dtypes
-    empty = _lengths_without_elements(shapes, proto)
+    empty = _lengths_without_elements(shapes, proto, nodes)
     while empty and growing and max(sizes[name] for name in growing) < LARGEST_ASSUMED:
         for name in growing:
             sizes[name] *= ENLARGED
         shapes, dtypes = all_types(proto, sizes, nodes)
-        previous, empty = empty, _lengths_without_elements(shapes, proto)
+        previous, empty = empty, _lengths_without_elements(shapes, proto, nodes)
         if not empty:
             return sizes, shapes, dtypes
-        if empty == previous:
-            break  # they have no elements whatever the sizes
+        if empty == previous and min(empty.values()) == 0:
+            break  # they have no elements whatever the sizes; by a large stride, negative lengths may repeat
     sizes, shapes, dtypes = found
     return sizes, {n: s for n, s in shapes.items() if min(s, default=0) >= 0}, dtypes
 
 
-def _lengths_without_elements(shapes: Shapes, proto: ModelProto) -> dict[str, int]:
-    """The least length of every computed tensor that has one of 0 or less."""
+def _lengths_without_elements(
+    shapes: Shapes, proto: ModelProto, nodes: Sequence[Node]
+) -> dict[str, int]:
+    """The least length of every computed tensor that has one of 0 or less, or that less than a window is read for."""
     given = {value.name for value in proto.graph.input}
     given.update(tensor.name for tensor in proto.graph.initializer)
     least = {name: min(shape, default=1) for name, shape in shapes.items() if name not in given}
+    for node in nodes:
+        kernel = _kernel(node, shapes)
+        if kernel is not None:
+            lacking = missing(node, kernel, shapes[node.inputs[0]][2:])
+            if lacking:
+                least[node.outputs[0]] = min(least.get(node.outputs[0], 0), -lacking)
     return {name: length for name, length in least.items() if length <= 0}
+
+
+def _kernel(node: Node, shapes: Shapes) -> tuple[int, ...] | None:
+    """Spatial shape of the kernel that moves over an input; None for other nodes, and where it does not fit in rank."""
+    if node.op not in kinds.WINDOWED or node.inputs[0] not in shapes:
+        return None
+    if "kernel_shape" in node.attrs:
+        kernel = tuple(int(length) for length in node.attrs["kernel_shape"])
+    else:
+        kernel = shapes.get(node.inputs[1], ())[2:] if len(node.inputs) > 1 else ()
+    return kernel if kernel and len(kernel) == len(shapes[node.inputs[0]]) - 2 else None
 
 
 class _SubgraphInference:

@@ -486,6 +486,10 @@ class Graph:
         Returns:
             True for hidden states and attention maps, False for what only other outputs are made of.
         """
+        source = self.maker(tensor)
+        while source is not None and has(source, Trait.COPIES | Trait.CASTS):
+            tensor = source.inputs[0]
+            source = self.maker(tensor)
         pending, seen = [tensor], {tensor}
         while pending:
             for node in self.readers.get(pending.pop(), ()):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from graphs import OPSET, assert_exact, build, distance, feed, keep_one, load
-from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper, parser
+from onnx import (
+    ModelProto,
+    TensorProto,
+    TypeProto,
+    external_data_helper,
+    helper,
+    numpy_helper,
+    parser,
+)
 
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Model
@@ -92,12 +101,13 @@ def test_invalid_graph_is_refused(tmp_path: Path) -> None:
     _refused(path, "not a valid ONNX model")
 
 
-def test_input_that_is_not_a_tensor_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [helper.make_sequence_type_proto, helper.make_optional_type_proto])
+def test_input_that_is_not_a_tensor_is_refused(
+    kind: Callable[[TypeProto], TypeProto], tmp_path: Path
+) -> None:
     proto = build(NET)
     element = helper.make_tensor_type_proto(TensorProto.FLOAT, [3])
-    proto.graph.input.append(
-        helper.make_value_info("several", helper.make_sequence_type_proto(element))
-    )
+    proto.graph.input.append(helper.make_value_info("several", kind(element)))
     path = tmp_path / "sequence.onnx"
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(ModelError, match="'several' is not a tensor"):

@@ -27,7 +27,8 @@ def _audio(folder: Path, kernel: int = 512, stride: int = 160) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "samples"), [(16, 1, 16), (17, 1, 64), (64, 1, 64), (512, 160, 1024)]
+    ("kernel", "stride", "samples"),
+    [(16, 1, 16), (17, 1, 64), (64, 1, 64), (512, 160, 1024), (400, 2000, 1024)],
 )
 def test_assumed_length_grows_until_the_kernel_fits(
     kernel: int, stride: int, samples: int, tmp_path: Path

@@ -389,6 +389,16 @@ PATTERNS: dict[str, Pattern] = {
         ("values", "b", 2),
         ("ambiguous", "c", 2),
     ),
+    "features that a copy gives out": Pattern(
+        "(float[N, 6] x) => (float[] f, float[] y) <float[6, 8] w, float[8, 4] v> "
+        "{ h = MatMul(x, w) r = Relu(h) l = MatMul(r, v) y = Softmax(l) f = Identity(r) }",
+        (("values", "r", 1), ("classes", "l", 1)),
+    ),
+    "attention that a copy gives out": Pattern(
+        "(float[N, 6] x) => (float[] a, float[] y) <float[6, 8] w, float[8, 4] v> "
+        "{ h = MatMul(x, w) s = Softmax(h) l = MatMul(s, v) y = Identity(l) a = Identity(s) }",
+        (("classes", "h", 1), ("ambiguous", "l", 1)),
+    ),
     "an operator that nobody knows": Pattern(
         "(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }",
         (("ambiguous", "y", 1),),

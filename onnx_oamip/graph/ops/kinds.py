@@ -20,6 +20,8 @@ FILL = frozenset({"ConstantOfShape"})
 """Makes a tensor of equal values, whose shape is its input."""
 EXPANSION = frozenset({"Expand"})
 """Repeats a tensor to a shape that is its second input."""
+WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
+"""Move a window over an input that must not be shorter."""
 LOOP = frozenset({"Loop"})
 """May run for ever: the runtime needs watching."""
 RANDOM = ("Random", "Bernoulli", "Multinomial")

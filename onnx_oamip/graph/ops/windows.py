@@ -60,6 +60,31 @@ def _scattered(distance: Ints, stride: int) -> tuple[Ints, Bools]:
     return distance // stride, distance % stride == 0
 
 
+def missing(node: Node, kernel: Sequence[int], before: Shape) -> int:
+    """Count the pixels that an axis lacks for one window of a convolution or a pooling node.
+
+    Shape inference divides by the stride and rounds towards zero, so that such an axis may come out with one position.
+
+    Args:
+        node: A node that is no transposed convolution.
+        kernel: Spatial shape of the kernel.
+        before: Spatial shape of the input.
+
+    Returns:
+        The most pixels that an axis lacks, 0 where a window fits.
+    """
+    if (node.attrs.get("auto_pad") or "NOTSET").startswith("SAME"):
+        return 0
+    rank = len(before)
+    padding = node.attrs.get("pads", [0] * (2 * rank))
+    dilations = _per_axis(node, "dilations", rank)
+    lacks = [0]
+    for axis in range(rank):
+        span = (kernel[axis] - 1) * dilations[axis] + 1
+        lacks.append(span - before[axis] - int(padding[axis]) - int(padding[axis + rank]))
+    return max(lacks)
+
+
 def begins(
     node: Node,
     kernel: Sequence[int],
