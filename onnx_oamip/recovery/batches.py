@@ -18,7 +18,7 @@ from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery import parts
-from onnx_oamip.recovery.engine import Engine, as_tensor, is_supported
+from onnx_oamip.recovery.engine import Engine, as_input, as_tensor, is_supported
 from onnx_oamip.recovery.features import Feature
 from onnx_oamip.recovery.losses import kept_channels
 from onnx_oamip.recovery.operators.calls import Tensor
@@ -210,4 +210,4 @@ def fed(feed: Mapping[str, Array], device: str) -> dict[str, Tensor]:
     Returns:
         Tensors by name.
     """
-    return {name: as_tensor(value, device) for name, value in feed.items()}
+    return {name: as_input(value, device) for name, value in feed.items()}

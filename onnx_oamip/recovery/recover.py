@@ -19,6 +19,7 @@ from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.recovery import features
 from onnx_oamip.recovery.judge import Judge
+from onnx_oamip.recovery.task import Task
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run(
     if measured is not None and measured is not judged:
         final = Judge(pair.original, objective, measured, device=device, batch_size=size)
     torch_device = training.resolve_device(settings.device)
-    task = training.Task(
+    task = Task(
         original=pair.original,
         pruned=pair.pruned,
         objective=objective,

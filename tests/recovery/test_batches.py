@@ -98,3 +98,13 @@ def test_one_version_of_unchanged_samples_is_held(source: Source) -> None:
     first = {id(next(held)) for _ in range(ROUND)}
     assert {id(next(held)) for _ in range(ROUND)} == first
     assert source.batches(ROUND * BYTES - 1, is_changed=False).held_bytes == 0
+
+
+def test_channels_of_images_lie_next_to_each_other() -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    rows = images.reshape(2, -1)
+    found = batches.fed({"images": images, "rows": rows}, "cpu")
+    assert found["images"].is_contiguous(memory_format=torch.channels_last)
+    assert found["rows"].is_contiguous()
+    assert np.array_equal(found["images"].numpy(), images)
+    assert np.array_equal(found["rows"].numpy(), rows)

@@ -20,7 +20,7 @@ from onnx_oamip.objective import compare
 
 torch = pytest.importorskip("torch")
 
-from onnx_oamip.recovery import losses, training  # noqa: E402
+from onnx_oamip.recovery import engine, losses, rates, training  # noqa: E402
 from onnx_oamip.recovery.judge import Judge  # noqa: E402
 
 NETWORK = """(float[N, 8] x) => (float[N, 4] y)
@@ -94,9 +94,9 @@ def test_same_seed_gives_the_same_bytes(case: Path) -> None:
 
 @pytest.fixture
 def much_too_large_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "RATE", 30.0)
-    monkeypatch.setattr(training, "TENSOR_SHARE", np.inf)
-    monkeypatch.setattr(training, "STEP_SHARE", np.inf)
+    monkeypatch.setattr(rates, "RATE", 30.0)
+    monkeypatch.setattr(rates, "TENSOR_SHARE", np.inf)
+    monkeypatch.setattr(rates, "STEP_SHARE", np.inf)
 
 
 @pytest.mark.usefixtures("much_too_large_rate")
@@ -128,7 +128,7 @@ def test_rate_that_is_too_large_is_divided(case: Path) -> None:
 def test_rate_that_is_too_large_is_bounded_before_the_first_step(
     case: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "RATE", 30.0)
+    monkeypatch.setattr(rates, "RATE", 30.0)
     found = recover(
         case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=60)
     )
@@ -138,15 +138,15 @@ def test_rate_that_is_too_large_is_bounded_before_the_first_step(
 
 def test_rates_are_bounded_by_the_fall_of_the_loss_that_they_predict() -> None:
     sizes, loss = [2.0, 1.0, 0.5], 3.0
-    flat = training._bounded(sizes, [0.0, 0.0, 0.0], loss)
-    assert flat == [training.RATE * size for size in sizes]
-    steep = training._bounded(sizes, [0.0, 1e3, 1e3], loss)
+    flat = rates.bounded(sizes, [0.0, 0.0, 0.0], loss)
+    assert flat == [rates.RATE * size for size in sizes]
+    steep = rates.bounded(sizes, [0.0, 1e3, 1e3], loss)
     assert steep[0] == flat[0]
     for rate, slope in zip(steep[1:], (1e3, 1e3), strict=True):
-        assert rate * slope == pytest.approx(training.TENSOR_SHARE * loss)
+        assert rate * slope == pytest.approx(rates.TENSOR_SHARE * loss)
     count = 100
-    many = training._bounded([1.0] * count, [1e3] * count, loss)
-    assert sum(rate * 1e3 for rate in many) == pytest.approx(training.STEP_SHARE * loss)
+    many = rates.bounded([1.0] * count, [1e3] * count, loss)
+    assert sum(rate * 1e3 for rate in many) == pytest.approx(rates.STEP_SHARE * loss)
 
 
 def test_infinite_loss_at_the_first_evaluation_goes_back_to_the_start(
@@ -275,7 +275,7 @@ def test_shared_weight_stays_one_weight(tmp_path: Path) -> None:
         y = Add(c, b)
     }"""
     model = load(build(text), tmp_path)
-    ours = training.Engine(model, ["y"], weights=training.trainable(model, model.nodes))
+    ours = engine.Engine(model, ["y"], weights=engine.trainable(model, model.nodes))
     assert set(ours.weights) == {"w", "b"}
 
 
@@ -286,7 +286,7 @@ def test_no_gradient_passes_the_end_of_a_block(tmp_path: Path) -> None:
         y = MatMul(r, w2)
     }"""
     model = load(build(text), tmp_path)
-    ours = training.Engine(model, ["r", "y"], weights=["w1", "w2"])
+    ours = engine.Engine(model, ["r", "y"], weights=["w1", "w2"])
     fed = {"x": torch.ones(2, 6)}
     whole, parted = ours.run(fed), ours.run(fed, ends={"r"})
     assert all(torch.equal(a, b) for a, b in zip(whole, parted, strict=True))
@@ -309,7 +309,7 @@ def test_scales_of_quantisation_and_statistics_are_not_trained(tmp_path: Path) -
     }"""
     proto = build(text)
     model = load(proto, tmp_path)
-    assert training.trainable(model, model.nodes) == ["b", "gain", "shift"]
+    assert engine.trainable(model, model.nodes) == ["b", "gain", "shift"]
 
 
 def test_weight_behind_a_view_is_trained_where_it_is_stored(tmp_path: Path) -> None:
@@ -318,8 +318,8 @@ def test_weight_behind_a_view_is_trained_where_it_is_stored(tmp_path: Path) -> N
         y = MatMul(x, t)
     }"""
     model = load(build(text), tmp_path)
-    (name,) = training.trainable(model, model.nodes)
-    ours = training.Engine(model, ["y"], weights=[name])
+    (name,) = engine.trainable(model, model.nodes)
+    ours = engine.Engine(model, ["y"], weights=[name])
     (found,) = ours.run({"x": torch.ones(2, 6)})
     found.sum().backward()
     assert ours.weights[name].grad is not None

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 import torch
+from torch import nn
 
 from onnx_oamip.api import pipeline
 from onnx_oamip.core.settings import Settings
@@ -24,7 +25,10 @@ from onnx_oamip.core.settings import Settings
 from ..train_models import (
     EVAL_IMAGES,
     RECIPES,
+    Bytes,
     Dataset,
+    Labels,
+    Recipe,
     load_dataset,
     loss_on,
     make_optimiser,
@@ -76,7 +80,7 @@ def run(
         bench = Bench(name)
         for share in SHARES:
             for method in ("ours", RIVAL):
-                proto = _ours(bench, share, seed) if method == "ours" else _theirs(bench, share)
+                proto = _ours(bench, share, seed) if method == "ours" else theirs(bench, share)
                 row: Row = {
                     "model": name,
                     "MACs asked": share,
@@ -128,7 +132,7 @@ def _ours(bench: Bench, share: float, seed: int) -> onnx.ModelProto:
         return onnx.load(target)
 
 
-def _theirs(bench: Bench, share: float) -> onnx.ModelProto:
+def theirs(bench: Bench, share: float) -> onnx.ModelProto:
     peer = peers.of_torch_pruning(bench.name, bench.images, bench.labels)[RIVAL]
     ratio = bisect(cache(lambda ratio: bench.share(peer.cut(ratio))), share)
     if ratio is None:
@@ -140,31 +144,48 @@ def tuned(
     name: str, proto: onnx.ModelProto, data: Dataset, epochs: int, rate: float, seed: int
 ) -> tuple[onnx.ModelProto, float]:
     """(the network after so many epochs from this learning rate on, its accuracy on the test images no table shows)."""
-    recipe = RECIPES[name]
-    images, labels = (
-        torch.from_numpy(data.train_images[:IMAGES].copy()),
-        torch.from_numpy(data.train_labels[:IMAGES]),
-    )
     with TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         onnx.save(proto, file)
         net = rebuilt.rebuild(name, file)
-        if recipe.channels_last:
-            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimiser = make_optimiser(net, recipe)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimiser, epochs * math.ceil(len(images) / recipe.batch)
+        train(
+            net,
+            RECIPES[name],
+            data.train_images[:IMAGES],
+            data.train_labels[:IMAGES],
+            epochs,
+            rate,
+            seed,
         )
-        net.train()
-        for epoch in range(epochs):
-            generator = torch.Generator().manual_seed(1000 * seed + epoch)
-            for rows in torch.randperm(len(images), generator=generator).split(recipe.batch):
-                loss = loss_on(net, images[rows], labels[rows], recipe, generator)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                schedule.step()
         unseen = torch_accuracy(net, data.test_images[EVAL_IMAGES:], data.test_labels[EVAL_IMAGES:])
         return rebuilt.export(net, file), unseen
+
+
+def train(
+    net: nn.Module,
+    recipe: Recipe,
+    images: Bytes,
+    labels: Labels,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Train a network with labels for so many epochs, from this learning rate on by one cosine."""
+    if recipe.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x, y = torch.from_numpy(images.copy()), torch.from_numpy(labels)
+    optimiser = make_optimiser(net, recipe)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimiser, epochs * math.ceil(len(x) / recipe.batch)
+    )
+    net.train()
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        for rows in torch.randperm(len(x), generator=generator).split(recipe.batch):
+            loss = loss_on(net, x[rows], y[rows], recipe, generator)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()

@@ -7,8 +7,9 @@ All figures come from the evaluation images, which no step has seen: the accurac
 first answers that are those of the original, and the mean Kullback-Leibler divergence from its answers in nats.
 EfficientNet-Lite0 needs ``--larger DIR``, the folder that ``tools/make_larger_models.py`` fills.
 
-Plans, models and records of the training are kept in the folder ``recover`` beside the result, and what is there is not
-made again: a stopped study continues.
+Plans, models and records of the training are kept in a folder inside ``recover`` beside the result, one per state of
+the code, and what is there is not made again: a stopped study continues. Widths are not aligned, so
+that plans do not depend on what the machine measures.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import onnx
 
 from onnx_oamip.core.records import Array
+from onnx_oamip.core.versions import sources
 from onnx_oamip.graph.runtime import Session
 
 from ..wild.run import command
@@ -35,6 +37,8 @@ from .studies import MODELS, Row, paths, save, store
 BATCH = 32
 LIMIT = 7200.0
 """Seconds after which a command is ended."""
+DIGITS = 12
+"""Digits of the digest of the code in the name of its folder."""
 SHIPPED = 512
 """Images for calibration that come with every network."""
 COLUMNS = (
@@ -79,9 +83,10 @@ CASES = (
     Case("efficientnet-lite0", 0.5, SHIPPED, 400),
 )
 
-
 FINETUNED = "vit-fashion"
 """The transformer that onnxsim's finetune is tried on."""
+LABELLED = "resnet20-fashion"
+"""The network that Torch-Pruning cuts, and that is trained with labels beside the recovery."""
 
 
 class Failed(Exception):
@@ -99,22 +104,28 @@ def run(
     import torch  # noqa: F401  (the environment names its version; without it the study is left out)
 
     rows: list[Row] = []
+    kept = out / "recover" / sources()[:DIGITS]
     for case in _cases(names, larger, fashion):
-        rows.append(
-            _row(case, files_of(case, larger, fashion, out / "recover"), out / "recover", seed)
-        )
+        rows.append(_row(case, files_of(case, larger, fashion, kept), kept, seed))
         print(rows[-1], flush=True)
         store(out, "recover", rows, COLUMNS, seed, CLOCKED)
     text = save(out, "recover", rows, COLUMNS, seed, CLOCKED)
-    if any(row["model"] == FINETUNED for row in rows):
-        if importlib.util.find_spec("onnxsim") is None:
-            print("the finetune of onnxsim is left out: it is not installed", flush=True)
-        else:
-            plan = out / "recover" / f"{FINETUNED}.plan.json"
-            recover_peers.finetunes(out, seed, FINETUNED, plan, rows)
+    shipped = {row["model"]: row for row in rows if row["images"] == SHIPPED}
+    if FINETUNED in shipped and _is_installed("onnxsim"):
+        recover_peers.finetunes(out, seed, FINETUNED, kept / f"{FINETUNED}.plan.json", rows)
+    if LABELLED in shipped and _is_installed("torch_pruning"):
+        recover_peers.with_labels(out, seed, shipped[LABELLED])
     recover_peers.steps(out, seed)
     recover_operators.exactness(out, seed)
     return text
+
+
+def _is_installed(package: str) -> bool:
+    """True if a rival is installed; a line where it is not."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    print(f"the comparison with {package} is left out: it is not installed", flush=True)
+    return False
 
 
 def _cases(names: Sequence[str], larger: Path | None, fashion: Path | None) -> Iterator[Case]:
@@ -159,7 +170,8 @@ def _row(case: Case, files: tuple[Path, Path], kept: Path, seed: int) -> Row:
     plan = kept / f"{case.name}.plan.json"
     if not plan.exists():
         own = files_of(case._replace(images=SHIPPED), model.parent, None, kept)[1]
-        _call("plan", model, "--macs", case.macs, "--data", own, *shared, "-q", "-o", plan)
+        budget = ["--macs", case.macs, "--align", 1]
+        _call("plan", model, *budget, "--data", own, *shared, "-q", "-o", plan)
     applied = ["apply", model, "--plan", plan, "--data", data, *shared]
     if not pruned.exists():
         _call(*applied, "-q", "-o", pruned)

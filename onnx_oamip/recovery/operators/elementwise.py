@@ -82,6 +82,8 @@ def _clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None 
     most = call.attr("max") if high is None else high.item()
     if least is None and most is None:
         return x
+    if least is not None and most is not None and least <= most and x.is_floating_point():
+        return F.hardtanh(x, least, most)  # one function computes its gradient, for clamp three
     return torch.clamp(x, least, most)
 
 
@@ -124,7 +126,7 @@ def _thresholded(call: Call, x: Tensor) -> Tensor:
 
 
 def _hard_sigmoid(call: Call, x: Tensor) -> Tensor:
-    return torch.clamp(call.attr("alpha", 0.2) * x + call.attr("beta", 0.5), 0.0, 1.0)
+    return F.hardtanh(call.attr("alpha", 0.2) * x + call.attr("beta", 0.5), 0.0, 1.0)
 
 
 def _shrink(call: Call, x: Tensor) -> Tensor:
@@ -178,10 +180,6 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros((), dtype=x.dtype))
 
 
-def _hard_swish(x: Tensor) -> Tensor:
-    return x * torch.clamp(x / 6 + 0.5, 0.0, 1.0)
-
-
 def _inverse_or_sign(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function that torch computes of floating numbers only."""
     return lambda x: function(x) if x.is_floating_point() else x
@@ -194,7 +192,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Softplus": _softplus,
     "Softsign": F.softsign,
     "Mish": lambda x: x * torch.tanh(_softplus(x)),
-    "HardSwish": _hard_swish,
+    "HardSwish": F.hardswish,
     "Erf": torch.erf,
     "Exp": torch.exp,
     "Log": torch.log,

@@ -1,0 +1,216 @@
+"""Steps of a training: loss, gradient, pull towards the start, and averages of weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Collection
+
+import numpy as np
+import torch
+
+from onnx_oamip.core.records import Array
+from onnx_oamip.graph.outputs import with_outputs
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.recovery import rates
+from onnx_oamip.recovery.batches import Batch, Batches, Given, Teacher
+from onnx_oamip.recovery.engine import Engine
+from onnx_oamip.recovery.judge import Best
+from onnx_oamip.recovery.losses import differentiable, feature_loss, objective_loss
+from onnx_oamip.recovery.operators.calls import Tensor
+from onnx_oamip.recovery.parts import Part
+from onnx_oamip.recovery.task import Task
+
+GRADIENT_BATCHES = 4
+"""Batches on which the gradient that bounds the rates is found."""
+SLOWER = 10.0
+"""Divisor of the rate where it was too large."""
+PULL = 2e-3
+"""Share of the way back to its start that a weight is pulled in every step at the full rate."""
+DECAY = 0.98
+"""Share of the former average in the average of weights over steps."""
+FEATURE_WEIGHT = 2.0
+"""Weight of the features against the objective."""
+MAX_BATCH = 32
+"""Samples of one step, at most."""
+BYTES_PER_ELEMENT = 8
+"""An activation in float32 and its gradient."""
+VARIANCE_BATCHES = 4
+"""Batches on which the variance of features is found."""
+SMALLEST = 1e-12
+
+
+class Diverged(Exception):
+    """The loss is no finite number."""
+
+
+class Run:
+    """State of a training: engine, optimiser, and averages of weights.
+
+    Attributes:
+        features: Tensors that are compared besides the objective's.
+        batch: Samples of one step.
+        batches: Samples with the original's answers.
+        slowed: Times that the rate was divided because it was too large.
+    """
+
+    def __init__(self, task: Task, part: Part) -> None:
+        """Prepare the first step.
+
+        Args:
+            task: Models, samples and loss.
+            part: What is computed and trained.
+        """
+        self._part = part
+        self._engine = Engine(
+            task.pruned, part.tensors, given=part.given, device=task.device, weights=part.weights
+        )
+        compared = set(part.tensors)
+        self._terms = [t for t in differentiable(task.objective) if t.tensor in compared]
+        self.features = tuple(f for f in task.features if f.tensor in compared)
+        self._ends = frozenset(feature.tensor for feature in self.features)
+        self.batch = _batch_size(task)
+        teacher = Teacher(
+            task.original,
+            part.tensors,
+            self.features,
+            device=task.device,
+            runtime_device=task.runtime_device,
+        )
+        self.batches = Batches(
+            task.samples,
+            teacher,
+            _given(task, part),
+            size=self.batch,
+            augment=task.augment,
+            device=task.device,
+            memory=task.memory,
+            seed=task.seed,
+        )
+        self._variances = self._feature_variances()
+        self._weights = list(self._engine.weights.values())
+        self._start = [weight.detach().clone() for weight in self._weights]
+        self.slowed = 0
+        self._full_rates = self._bounded_rates()
+        self._begin()
+
+    def _bounded_rates(self) -> list[float]:
+        """Full rate of every weight, from gradients over the first batches."""
+        loss = torch.zeros(())
+        for _ in range(GRADIENT_BATCHES):
+            part = self._loss(next(self.batches), frozenset())
+            part.backward()
+            loss = loss + part.detach()
+        slopes = [0.0 if w.grad is None else float(w.grad.abs().sum()) for w in self._weights]
+        for weight in self._weights:
+            weight.grad = None
+        return rates.bounded(rates.sizes(self._weights), slopes, float(loss))
+
+    def _begin(self) -> None:
+        """Set up the optimiser and the average for the present weights."""
+        slower = [rate / SLOWER**self.slowed for rate in self._full_rates]
+        groups = rates.groups(self._weights, slower)
+        self._optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10)
+        self._rates = [group["lr"] for group in self._optimiser.param_groups]
+        self._average = [weight.detach().clone() for weight in self._weights]
+        self._done = 0
+
+    def slow_down(self, best: Best) -> None:
+        """Go back to the best weights so far, or to the start if they are not better, and on at a smaller rate.
+
+        Args:
+            best: The best weights so far.
+        """
+        values = self._start
+        if best.loss < float(best.start.mean()):
+            values = [torch.from_numpy(best.weights[name]) for name in self._engine.weights]
+        with torch.no_grad():
+            for weight, value in zip(self._weights, values, strict=True):
+                weight.copy_(value)
+        self.slowed += 1
+        self._begin()
+
+    def _feature_variances(self) -> list[float]:
+        """Variance of every feature about the means of its channels, on samples as they are."""
+        totals: dict[str, list[float]] = defaultdict(list)
+        for batch in itertools.islice(self.batches.unchanged(), VARIANCE_BATCHES):
+            for feature in self.features:
+                value = batch.truth[feature.tensor]
+                axes = [axis for axis, _ in feature.kept] or [1 % value.dim()]
+                others = [axis for axis in range(value.dim()) if axis not in axes]
+                totals[feature.tensor].append(float(value.var(others, correction=0).mean()))
+        return [max(float(np.mean(totals[f.tensor])), SMALLEST) for f in self.features]
+
+    def step(self, progress: float, *, by_blocks: bool) -> None:
+        """One gradient step.
+
+        Args:
+            progress: Share of the budget that is used, on which the rate depends.
+            by_blocks: Every block is trained for itself: no gradient passes the end of a block.
+        """
+        loss = self._loss(next(self.batches), self._ends if by_blocks else frozenset())
+        if not math.isfinite(float(loss.detach())):
+            raise Diverged
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        share = rates.share(progress)
+        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
+        self._optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self._weights, self._start, PULL * share)
+            decay = min(DECAY, (1 + self._done) / (10 + self._done))
+            torch._foreach_lerp_(self._average, self._weights, 1 - decay)
+        self._done += 1
+
+    def _loss(self, batch: Batch, ends: Collection[str]) -> Tensor:
+        outputs = self._engine.run(batch.fed, ends)
+        found = dict(zip(self._part.tensors, outputs, strict=True))
+        truth = batch.truth
+        losses = []
+        if self._terms:
+            names = [term.tensor for term in self._terms]
+            losses.append(
+                objective_loss(self._terms, [truth[n] for n in names], [found[n] for n in names])
+            )
+        if self.features:
+            names = [feature.tensor for feature in self.features]
+            old, new = [truth[n] for n in names], [found[n] for n in names]
+            losses.append(FEATURE_WEIGHT * feature_loss(self._variances, old, new))
+        return torch.stack(losses).sum()
+
+    def averaged(self) -> dict[str, Array]:
+        """Copy the averages of the weights.
+
+        Returns:
+            Averages by the name of their initialiser, which later steps do not change.
+        """
+        return {
+            name: value.cpu().numpy().copy()
+            for name, value in zip(self._engine.weights, self._average, strict=True)
+        }
+
+
+def _given(task: Task, part: Part) -> Given | None:
+    """Function that computes the tensors in front of the part, by ONNX Runtime."""
+    if not part.given:
+        return None
+    names = list(part.given)
+    session = Session(
+        with_outputs(task.pruned, names), task.runtime_device, what="the pruned model"
+    )
+    return lambda feed: dict(zip(names, session.run(feed, names), strict=True))
+
+
+def _batch_size(task: Task) -> int:
+    """Samples of one step: as many as keep the activations of all layers within the memory."""
+    model, samples = task.pruned, task.samples
+    if samples.whole:
+        return 1
+    if samples.fixed_batch:
+        return samples.fixed_batch
+    needed = {name for node in model.nodes for name in node.outputs if name in model.shapes}
+    elements = sum(int(np.prod(model.shapes[name])) for name in needed - set(model.constants))
+    each = BYTES_PER_ELEMENT * elements // max(model.batch, 1)
+    return int(np.clip(task.memory // max(each, 1), 1, MAX_BATCH))
