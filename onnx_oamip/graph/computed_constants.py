@@ -89,8 +89,8 @@ def share(proto: ModelProto) -> None:
     """Makes all readers of one constant read one tensor, in place.
 
     Readers of an Identity of a constant read the constant itself; of several equal nodes that compute the same constant
-    (a weight that is transposed for each of its uses), all readers read the first. The nodes that lose their readers
-    stay.
+    (a weight that is transposed for each of its uses) or hold the same constant of a function, all readers read the
+    first. The nodes that lose their readers stay.
 
     Args:
         proto: A model whose names are unique.
@@ -98,7 +98,10 @@ def share(proto: ModelProto) -> None:
     first: dict[str, str] = {}
     made_by: dict[bytes, list[str]] = {}
     for node in computing_nodes(proto.graph, must_stay):
-        if subgraphs.all_bodies(node) or node.op_type in kinds.CONSTANT:
+        is_stored_alone = (
+            node.op_type in kinds.CONSTANT and node.doc_string != subgraphs.OF_FUNCTION
+        )
+        if subgraphs.all_bodies(node) or is_stored_alone:
             continue
         for slot, name in enumerate(node.input):
             node.input[slot] = first.get(name, name)
@@ -111,6 +114,8 @@ def share(proto: ModelProto) -> None:
         for slot, name in enumerate(reader.input):
             if first.get(name, name) != name:
                 reader.input[slot] = first[name]
+        if reader.doc_string == subgraphs.OF_FUNCTION:
+            reader.ClearField("doc_string")
 
 
 def separate(proto: ModelProto, inputs: Set[str]) -> None:

@@ -82,8 +82,12 @@ def with_outputs(
     del result.graph.output[:]
     declared = {port.name: port.dtype for port in model.outputs}
     for name in names:
-        kind = helper.np_dtype_to_tensor_dtype(
-            model.dtypes[name] if name in model.dtypes else declared[name]
-        )
+        dtype = model.dtypes.get(name, declared.get(name))
+        if (
+            dtype is None
+        ):  # of an operator that shape inference does not know; the runtime infers it
+            result.graph.output.append(onnx.ValueInfoProto(name=name))
+            continue
+        kind = helper.np_dtype_to_tensor_dtype(dtype)
         result.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return result

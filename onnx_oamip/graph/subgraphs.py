@@ -25,6 +25,8 @@ from onnx_oamip.core.errors import ModelError
 from onnx_oamip.graph.ops import Trait, build, has, kinds
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
+OF_FUNCTION = "onnx_oamip.of_function"
+"""Doc string of nodes that hold a constant of a function, which the file stores once for all its calls."""
 INLINED_NODES = 10_000
 """Nodes that a model may have once its functions are inlined, however few it had before."""
 INLINED_GROWTH = 50
@@ -204,7 +206,8 @@ def inline(proto: ModelProto) -> ModelProto:
         proto: The model; calls in it get the default values of attributes that they leave out.
 
     Returns:
-        A model without functions, or ``proto`` itself if it has none.
+        A model without functions, or ``proto`` itself if it has none. Nodes that hold constants of a function have the
+        doc string ``OF_FUNCTION``.
 
     Raises:
         ModelError: A function calls itself, or inlining would multiply the number of nodes beyond reason.
@@ -224,6 +227,11 @@ def inline(proto: ModelProto) -> ModelProto:
         given = {a.name for a in node.attribute}
         declared = defaults.get((node.domain, node.op_type, node.overload), ())
         node.attribute.extend(a for a in declared if a.name not in given)
+    # Every call gets a copy of the function's constants; the file holds them once.
+    for function in proto.functions:
+        for node in function.node:
+            if node.op_type in kinds.CONSTANT:
+                node.doc_string = OF_FUNCTION
     return onnx.inliner.inline_local_functions(proto)
 
 

@@ -23,6 +23,7 @@ from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Model
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 
@@ -393,6 +394,32 @@ def test_local_functions_are_inlined(tmp_path: Path) -> None:
     assert not model.proto.functions
     assert couple(model).n_units == 8
     _same_function(proto, model)
+
+
+def test_constant_of_a_function_is_stored_once(tmp_path: Path) -> None:
+    proto = parser.parse_model(
+        """<ir_version: 9, opset_import: ["": 17, "mine": 1]>
+        net (float[N,5] x) => (float[N,5] y) { a = mine.block(x)  y = mine.block(a) }
+        <domain: "mine", opset_import: ["": 17]>
+        block (a) => (c) { m = MatMul(a, w)  r = Relu(m)  o = MatMul(r, v)  c = Add(a, o) }"""
+    )
+    rng = np.random.default_rng(0)
+    weights = {"w": (5, 8), "v": (8, 5)}
+    for name, shape in weights.items():
+        tensor = numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32))
+        proto.functions[0].node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
+    model = load(proto, tmp_path)
+    assert sorted([*tensor.dims] for tensor in model.proto.graph.initializer) == [[5, 8], [8, 5]]
+    assert couple(model).n_units == 8
+    _same_function(proto, model)
+
+
+def test_output_of_unknown_type_is_read(tmp_path: Path) -> None:
+    text = """(float[2,2] x) => (float[2,2] y) { r = Relu(x)  i = com.microsoft.Inverse(r)  y = Identity(i) }"""
+    model = load(build(text, domains={"com.microsoft": 1}), tmp_path)
+    value = np.asarray([[2, 0], [1, 4]], np.float32)
+    (found,) = Session(with_outputs(model, ["i"]), "cpu").run({"x": value})
+    assert np.allclose(found, np.linalg.inv(value))
 
 
 def test_initialisers_listed_as_inputs_are_constants(tmp_path: Path) -> None:
