@@ -102,11 +102,16 @@ def prune(
         raise SettingsError(
             "a keep-map is about units, and `granularity=connection` removes none; leave it out."
         )
-    if keep_map is not None:  # it lists channels
+    lacks_rotation = keep_map is not None and rotation.applies(settings)
+    if lacks_rotation:
         settings = settings.model_copy(update={"rotate": "none"})
     result = pruned(
         path, source, settings, eval_data=eval_data, progress=progress, scores=scores, clock=clock
     )
+    if lacks_rotation:
+        report = result.report
+        note = rotation.note_on_channels(report.model, report.coupling, "a keep-map lists channels")
+        result = replace(result, report=replace(report, notes=(*report.notes, *note)))
     return write(result, targets, clock)
 
 

@@ -100,9 +100,12 @@ def prepare(
     context = open_context(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
-    if rotation.applies(settings, scored=scores is not None):
-        with context.clock("rotate"):
-            context = rotation.rotate(context)
+    if rotation.applies(settings):
+        if scores is None:
+            with context.clock("rotate"):
+                context = rotation.rotate(context)
+        else:
+            context = rotation.without_rotation(context, "the file of scores names channels")
     if scores is None:
         settings_of_losses = critical_units.without_repair(settings)
         found = scoring.score(replace(context, settings=settings_of_losses))

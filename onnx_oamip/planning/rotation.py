@@ -12,6 +12,7 @@ Only groups that a plan narrows are rotated in the model that is written.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from onnx_oamip.artifacts import cache
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.core.records import Axis, Floats, Model, Plan
+from onnx_oamip.core.records import Axis, Coupling, Floats, Model, Plan
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.feeds import all_feeds
 from onnx_oamip.graph import linear_streams
@@ -32,6 +33,7 @@ from onnx_oamip.statistics.context import Collected, Context, Rotation
 from onnx_oamip.statistics.stream_moments import StreamMoments
 from onnx_oamip.verification import equivalence
 
+LOG = logging.getLogger("onnx_oamip")
 DAMPING = 0.01
 """Added to the metric of a basis, as a share of its mean eigenvalue: it bounds the condition of the basis."""
 MOST_CHANNELS = 2048
@@ -40,21 +42,19 @@ CHECKED = 8
 """Samples on which the rotated model is compared with the original."""
 
 
-def applies(settings: Settings, *, scored: bool) -> bool:
+def applies(settings: Settings) -> bool:
     """Check whether a run may rotate streams.
 
-    Other importance methods are published for channels, and a keep-map or a file of scores names channels.
+    Other importance methods are published for channels.
 
     Args:
         settings: Settings of the run.
-        scored: True if scores are read from a file.
 
     Returns:
         True for the default importance, allocation and refit in one round.
     """
     return (
         settings.rotate == "auto"
-        and not scored
         and settings.importance == "obs"
         and settings.allocate == "mip"
         and settings.refit == "least-squares"
@@ -70,29 +70,89 @@ def rotate(context: Context) -> Context:
         context: The model and its samples.
 
     Returns:
-        A context whose model computes the same; the same one where there is no linear stream.
+        A context whose model computes the same; the one that was given, with a note, where no stream can be rotated.
     """
     model = context.model
     found, _ = linear_streams.find(model, context.coupling)
+    if context.whole is not None:
+        return _noted(context, len(found), "a branch of an If node stands in the analysed graph")
     streams = tuple(stream for stream in found if stream.width <= MOST_CHANNELS)
-    if not streams or context.whole is not None:
+    context = _noted(
+        context, len(found) - len(streams), f"they have more than {MOST_CHANNELS:,} channels"
+    )
+    if not streams:
         return context
     moments = _moments(context, streams)
     bases = tuple((stream, _basis(model, stream, moments)) for stream in streams)
     usable = tuple((stream, basis) for stream, basis in bases if _is_finite(basis))
+    context = _noted(context, len(bases) - len(usable), "their components are not finite")
     if not usable:
         return context
-    turned = linear_streams.rotated(model, usable)
+    turned = linear_streams.rotated(context.model, usable)
     distance = _distance(context, model, turned)
     if not distance <= equivalence.tolerance(model):
-        note = f"no group is rotated: the model in principal components differs by {distance:.2e} of an output's scale"
-        return replace(context, model=replace(model, notes=(*model.notes, note)))
+        reason = f"the model in principal components differs by {distance:.2e} of an output's scale"
+        return _noted(context, len(usable), reason)
     return replace(
         context,
         model=turned,
-        rotation=Rotation(model, usable, distance),
+        rotation=Rotation(context.model, usable, distance),
         cache_identity=_identity(context, turned),
         collected=Collected(),
+    )
+
+
+def without_rotation(context: Context, reason: str) -> Context:
+    """Note that the streams of a model keep their channels.
+
+    Args:
+        context: The model.
+        reason: Clause that states the reason.
+
+    Returns:
+        The context with the note, if the model has a stream.
+    """
+    streams, _ = linear_streams.find(context.model, context.coupling)
+    return _noted(context, len(streams), reason)
+
+
+def note_on_channels(model: Model, coupling: Coupling, reason: str) -> tuple[str, ...]:
+    """Describe the streams of a model that is not rotated, which is also logged.
+
+    Args:
+        model: The model.
+        coupling: Its units.
+        reason: Clause that states the reason.
+
+    Returns:
+        One note for the user; none if the model has no stream.
+    """
+    streams, _ = linear_streams.find(model, coupling)
+    return _logged(len(streams), reason)
+
+
+def _logged(streams: int, reason: str) -> tuple[str, ...]:
+    """A note on some streams that are not rotated, which is logged; none without streams."""
+    if not streams:
+        return ()
+    groups = "1 group" if streams == 1 else f"{streams} groups"
+    note = f"principal components are not used for {groups} between linear layers: {reason}"
+    LOG.warning("%s", note)
+    return (note,)
+
+
+def _noted(context: Context, streams: int, reason: str) -> Context:
+    """The context with a note on some streams that are not rotated; unchanged without streams."""
+    note = _logged(streams, reason)
+
+    def noted(model: Model) -> Model:
+        return replace(model, notes=(*model.notes, *note))
+
+    whole = context.whole
+    return replace(
+        context,
+        model=noted(context.model),
+        whole=None if whole is None else replace(whole, model=noted(whole.model)),
     )
 
 

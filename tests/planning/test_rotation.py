@@ -14,9 +14,10 @@ from graphs import ATTENTION, build, constants, distance, load
 from onnx import ModelProto, numpy_helper
 
 from onnx_oamip.api import pipeline, recovery
-from onnx_oamip.api.prepare import prepare
+from onnx_oamip.api.prepare import prepare, score
+from onnx_oamip.artifacts import score_files
 from onnx_oamip.core.errors import DataError, SettingsError
-from onnx_oamip.core.records import Array, Floats, Objective
+from onnx_oamip.core.records import Array, Floats, Objective, Whole
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
@@ -25,6 +26,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.planning import rotation, search
 from onnx_oamip.recovery.features import features
 from onnx_oamip.reporting import documents
+from onnx_oamip.statistics.context import Context
 
 STREAM = """(float[N,6,2,2] x) => (float[N,6] y)
 <float[12,6,1,1] w0, float[12] b0, float[9,12,1,1] we, float[12,9,1,1] wp, float[8,12,1,1] wh, float[8,6] wy> {
@@ -160,7 +162,9 @@ def test_plan_with_components_is_carried_out_as_prune_does(tmp_path: Path) -> No
         pipeline.applied(path, tmp_path / "plan.json", None, {"refit": "none", "cache": "off"})
 
 
-def test_keep_map_lists_channels_so_that_nothing_is_rotated(tmp_path: Path) -> None:
+def test_keep_map_lists_channels_so_that_nothing_is_rotated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(_low_rank().SerializeToString())
     settings = Settings.create(macs=0.6, cache="off", align=1, workers=1, force=True)
@@ -169,6 +173,41 @@ def test_keep_map_lists_channels_so_that_nothing_is_rotated(tmp_path: Path) -> N
     )
     assert report.plan.rotated == ()
     assert report.settings["rotate"] == "none"
+    expected = "not used for 1 group between linear layers: a keep-map lists channels"
+    assert [note for note in report.notes if expected in note]
+    assert expected in caplog.text
+
+
+def test_stream_that_cannot_be_rotated_is_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(_low_rank().SerializeToString())
+    settings = Settings.create(macs=0.6, cache="off", align=1, workers=1)
+    context, scores = score(path, _data(), settings)
+    file = tmp_path / "scores.npz"
+    score_files.save_scores(file, context.model, context.coupling, scores, settings={})
+
+    def note(context: Context) -> str:
+        """The one note that the rotation adds, which is logged and stands with the model of the file."""
+        assert context.rotation is None
+        found = context.in_file[0].notes[-1]
+        assert found == context.model.notes[-1]
+        assert found in caplog.text
+        caplog.clear()
+        return found
+
+    assert "scores names channels" in note(prepare(path, _data(), settings, scores=file))
+    in_file = Whole(context.model, context.coupling, frozenset())
+    assert "If node" in note(rotation.rotate(replace(context, whole=in_file)))
+    monkeypatch.setattr(rotation, "MOST_CHANNELS", 11)
+    assert "more than 11 channels" in note(rotation.rotate(context))
+    monkeypatch.undo()
+    monkeypatch.setattr(rotation, "_is_finite", lambda _: False)
+    assert "not finite" in note(rotation.rotate(context))
+    monkeypatch.undo()
+    monkeypatch.setattr(rotation, "_distance", lambda *_: 1.0)
+    assert "differs by 1.00e+00" in note(rotation.rotate(context))
 
 
 @pytest.mark.parametrize(
@@ -182,9 +221,8 @@ def test_keep_map_lists_channels_so_that_nothing_is_rotated(tmp_path: Path) -> N
     ],
 )
 def test_other_settings_choose_channels(options: dict[str, Any]) -> None:
-    assert rotation.applies(Settings.create(macs=0.5), scored=False)
-    assert not rotation.applies(Settings.create(macs=0.5), scored=True)
-    assert not rotation.applies(Settings.create(macs=0.5, **options), scored=False)
+    assert rotation.applies(Settings.create(macs=0.5))
+    assert not rotation.applies(Settings.create(macs=0.5, **options))
 
 
 def test_attention_is_balanced_within_its_heads(tmp_path: Path) -> None:
