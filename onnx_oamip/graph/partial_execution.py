@@ -8,7 +8,6 @@ another through the same parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -244,12 +243,6 @@ class _Partition:
         """Notes that the outputs of a part are held, so that later parts begin behind it."""
         self._done |= part.moving
 
-    def fork(self, proto: onnx.ModelProto) -> _Partition:
-        """Makes a partition of a copy of the graph that is as far as this one."""
-        other = _Partition(proto, self._types, self._device, self._lean)
-        other._done = set(self._done)
-        return other
-
     def record_types(self, values: Mapping[str, Array]) -> None:
         """Notes the element types of computed tensors: the next part declares its inputs with them."""
         for name, value in values.items():
@@ -292,22 +285,6 @@ class Frontier:
         self._memory_limit = memory_limit
         self._partition = _Partition(proto, types, device)
         self._repeats_left = REPEATS * len(proto.graph.node)
-
-    def fork(self, proto: onnx.ModelProto, memory_limit: int | None = None) -> Frontier:
-        """Makes a frontier over the same feeds that is as far as this one, and shares its values in memory.
-
-        Args:
-            proto: A copy of the model, which may be changed behind the frontier independently of this one.
-            memory_limit: Upper bound in bytes on the tensors in memory; None for no bound.
-
-        Returns:
-            The frontier.
-        """
-        other = copy(self)
-        other.tensors = dict(self.tensors)
-        other._memory_limit = memory_limit
-        other._partition = self._partition.fork(proto)
-        return other
 
     def reach(self, targets: Sequence[str]) -> dict[str, list[Array]]:
         """Computes tensors, and drops from memory those that no later node reads.

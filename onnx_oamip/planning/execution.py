@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import onnx
 
@@ -61,20 +60,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
         The cut and refitted model with its costs.
     """
     ready = rotation.for_plan(ready, chosen)
-    raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
-    pruned = Pruned(raw, raw)
-    refits = {} if chosen.keep.all() else _compared_refits(ready, chosen, raw)
-    if refits:
-        pruned = _least_loss(ready, chosen, refits)
-    elif not chosen.keep.all() and folds_constants(ready.settings):
-        pruned = removed_constants.fold_constants(
-            ready.model,
-            ready.coupling,
-            chosen.keep,
-            raw,
-            samples=ready.samples,
-            device=ready.device,
-        )
+    pruned = _repaired(ready, chosen, rewrite.cut(ready.model, ready.coupling, chosen.keep))
     # Last: a refit fits the queries to what they gave before.
     pruned = replace(pruned, proto=_rescaled(ready, chosen, pruned.proto))
     if not ready.settings.no_provenance:
@@ -88,136 +74,177 @@ def _rescaled(ready: Context, chosen: Plan, proto: onnx.ModelProto) -> onnx.Mode
     return attention_scale.rescale(ready.model, ready.coupling, chosen.keep, proto)
 
 
-def _compared_refits(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> dict[str, Pruned]:
-    """Refits of a cut model by their names in the report, that of the settings first.
-
-    They leave out the calibration samples on which they are compared.
-    """
-    if ready.settings.refit == "bias":
+def _repaired(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> Pruned:
+    """A cut model with the refit of the settings, or with constants folded; as it is if nothing is removed."""
+    refit = ready.settings.refit
+    if chosen.keep.all():
+        return Pruned(raw, raw)
+    if refit == "least-squares":
+        return _LeastSquares(ready, chosen, raw).best()
+    if refit == "bias":
         moments = collect(ready, {MOMENTS})
         folded = mean_folding.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
-        return {REFIT: folded}
-    if ready.settings.refit != "least-squares":
-        return {}
-    samples = parts(ready.samples)[0]
-    change = _change(ready, chosen)
-    refits = _least_squares(ready, chosen, raw, samples, objective=ready.objective, change=change)
-    if has_rare_decisions(ready.objective):
-        equal = _least_squares(ready, chosen, raw, samples, objective=None, change=None)
-        refits[EQUAL_ROWS] = equal[REFIT]
-    return refits
+        _, pruned = _least_loss(ready, chosen, {REFIT: folded}, unused="")
+        return pruned
+    if folds_constants(ready.settings):
+        return removed_constants.fold_constants(
+            ready.model,
+            ready.coupling,
+            chosen.keep,
+            raw,
+            samples=ready.samples,
+            device=ready.device,
+        )
+    return Pruned(raw, raw)
 
 
-def _on_all_samples(ready: Context, chosen: Plan, raw: onnx.ModelProto, name: str) -> Pruned | None:
-    """The refit that lost least, made again on all calibration samples.
+@dataclass(frozen=True, eq=False)
+class _LeastSquares:
+    """Least-squares refits of one cut model.
+
+    They are compared on calibration samples that none of them used. The best is then made again on all samples from the
+    first node on that is short of them; the nodes in front of it have enough rows, and are refitted once.
+
+    Attributes:
+        ready: The model and its samples.
+        chosen: The plan.
+        raw: The cut model.
+    """
+
+    ready: Context
+    chosen: Plan
+    raw: onnx.ModelProto
+    _fronts: dict[bool, Pruned] = field(default_factory=dict)
+
+    def best(self) -> Pruned:
+        """The refit that loses least, or the cut model without one."""
+        refits = {REFIT: self._fit(REFIT, self._fitted)}
+        if not refits[REFIT].fits:
+            return refits[REFIT]
+        if self._change is not None:
+            refits[AUGMENTED] = self._fit(AUGMENTED, self._fitted)
+        if has_rare_decisions(self.ready.objective):
+            refits[EQUAL_ROWS] = self._fit(EQUAL_ROWS, self._fitted)
+        name, best = _least_loss(self.ready, self.chosen, refits, unused="that it did not use ")
+        samples = self.ready.samples
+        if name == WITHOUT or not self._short or self._fitted.count == samples.count:
+            return best
+        return replace(self._fit(name, samples), losses=best.losses)
+
+    @cached_property
+    def _fitted(self) -> Samples:
+        """The samples without those of the comparison."""
+        return parts(self.ready.samples)[0]
+
+    @cached_property
+    def _short(self) -> frozenset[str]:
+        """Nodes whose fit more samples would improve."""
+        ready = self.ready
+        return refit_scope.short_of_samples(
+            ready.model, ready.coupling, self.chosen.keep, self._fitted
+        )
+
+    @cached_property
+    def _change(self) -> Augment | None:
+        """Changes behind the augmented copies of the samples; None where no refit takes copies into account."""
+        if not self._short:
+            return None
+        feed = next(iter(self._fitted.batches(1)))[1]
+        return augmentation.for_refit(self.ready.settings.augment, self.ready.model, feed)
+
+    def _fit(self, name: str, samples: Samples) -> Pruned:
+        """A refit by its name, from the cache where an earlier run kept it.
+
+        The refit on copies that a user's own function makes is not kept: the function may change between runs.
+        """
+        ready, settings = self.ready, self.ready.settings
+        objective = None if name == EQUAL_ROWS else ready.objective
+        change = self._change if name == AUGMENTED else None
+
+        def fit() -> Pruned:
+            return least_squares.rest(
+                ready.model,
+                ready.coupling,
+                self.chosen.keep,
+                self._front(objective),
+                self._sampling(samples, objective),
+                short=self._short,
+                change=change,
+            )
+
+        if change is not None and settings.augment != "auto":
+            return fit()
+        identity = {
+            **ready.cache_identity,
+            **(weighting(objective) if objective else {}),
+            "units": plan_files.digest(ready.model, ready.coupling, self.chosen.keep),
+            **({"samples": "all"} if samples.count == ready.samples.count else {}),
+            **({} if change is None else {"augment": settings.augment}),
+        }
+        found = ready.store.recall(
+            cache_entries.REFITS,
+            identity,
+            fit,
+            lambda found: least_squares.is_valid_cache_entry(found, self.raw),
+        )
+        return replace(found, raw=self.raw)
+
+    def _front(self, objective: Objective | None) -> Pruned:
+        """The refit of the nodes in front of the first that is short of samples, made once for each weighting."""
+        ready, is_weighted = self.ready, objective is not None
+        if is_weighted not in self._fronts:
+            self._fronts[is_weighted] = least_squares.front(
+                ready.model,
+                ready.coupling,
+                self.chosen.keep,
+                self.raw,
+                self._sampling(self._fitted, objective),
+                short=self._short,
+            )
+        return self._fronts[is_weighted]
+
+    def _sampling(self, samples: Samples, objective: Objective | None) -> least_squares.Sampling:
+        ready = self.ready
+        return least_squares.Sampling(
+            samples=samples,
+            device=ready.device,
+            batch_size=ready.batch,
+            seed=ready.settings.seed,
+            memory_limit=ready.settings.activation_memory_limit,
+            objective=objective,
+            progress=ready.progress,
+        )
+
+
+def _least_loss(
+    ready: Context, chosen: Plan, refits: Mapping[str, Pruned], *, unused: str
+) -> tuple[str, Pruned]:
+    """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
+
+    A refit brings every layer near to what it gave, which need not bring the outputs near.
 
     Args:
         ready: The model and its samples.
         chosen: The plan.
-        raw: The cut model.
-        name: Name of the refit.
+        refits: The refits by name.
+        unused: Clause of the note about the samples of the comparison.
 
     Returns:
-        The refit; None where the samples of the comparison would add little: no sample is left out of the refit, or
-        every node has many more rows than its fit takes.
-    """
-    is_split = parts(ready.samples)[0].count < ready.samples.count
-    if not is_split or not _is_short_of_samples(ready, chosen):
-        return None
-    objective = None if name == EQUAL_ROWS else ready.objective
-    change = _change(ready, chosen) if name == AUGMENTED else None
-    refits = _least_squares(ready, chosen, raw, ready.samples, objective=objective, change=change)
-    return refits[AUGMENTED if name == AUGMENTED else REFIT]
-
-
-def _change(ready: Context, chosen: Plan) -> Augment | None:
-    """Changes behind the augmented copies of the samples; None where no refit takes copies into account."""
-    samples = parts(ready.samples)[0]
-    feed = next(iter(samples.batches(1)))[1]
-    change = augmentation.for_refit(ready.settings.augment, ready.model, feed)
-    if change is None:
-        return None
-    return change if _is_short_of_samples(ready, chosen) else None
-
-
-def _is_short_of_samples(ready: Context, chosen: Plan) -> bool:
-    """Test whether further samples would add to the rows of any fit."""
-    samples = parts(ready.samples)[0]
-    return refit_scope.is_short_of_samples(ready.model, ready.coupling, chosen.keep, samples)
-
-
-def _least_squares(
-    ready: Context,
-    chosen: Plan,
-    raw: onnx.ModelProto,
-    samples: Samples,
-    *,
-    objective: Objective | None,
-    change: Augment | None,
-) -> dict[str, Pruned]:
-    """Least-squares refits of a cut model by name, from the cache where an earlier run kept them.
-
-    The refit on copies that a user's own function makes is not kept: the function may change between runs.
-    """
-    s = ready.settings
-    sampling = least_squares.Sampling(
-        samples=samples,
-        device=ready.device,
-        batch_size=ready.batch,
-        seed=s.seed,
-        memory_limit=s.activation_memory_limit,
-        objective=objective,
-        progress=ready.progress,
-    )
-    cut = ready.model, ready.coupling, chosen.keep, raw, sampling
-    kept = {
-        **ready.cache_identity,
-        **(weighting(objective) if objective else {}),
-        "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
-        **({"samples": "all"} if samples.count == ready.samples.count else {}),
-    }
-
-    def recall(identity: Mapping[str, Any], fit: Callable[[], Pruned]) -> Pruned:
-        def is_valid(found: Pruned) -> bool:
-            return least_squares.is_valid_cache_entry(found, raw)
-
-        return replace(ready.store.recall(cache_entries.REFITS, identity, fit, is_valid), raw=raw)
-
-    if change is None:
-        return {REFIT: recall(kept, lambda: least_squares.least_squares(*cut)[0])}
-    both = functools.cache(lambda: least_squares.least_squares(*cut, change=change))
-    if s.augment != "auto":
-        return {REFIT: both()[0], AUGMENTED: both()[1]}
-    copied = recall({**kept, "augment": s.augment}, lambda: both()[1])
-    return {REFIT: recall(kept, lambda: both()[0]), AUGMENTED: copied}
-
-
-def _least_loss(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> Pruned:
-    """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
-
-    A refit brings every layer near to what it gave, which need not bring the outputs near. The first of equal ones is
-    taken, and the first one without a comparison where it changed nothing. The refit that is taken is made again with
-    the samples of the comparison.
+        Its name, the first of equal ones, and the model with the losses of all.
     """
     first = refits[REFIT]
-    if ready.settings.refit == "least-squares" and not first.fits:
-        return first
     candidates = {**refits, WITHOUT: Pruned(first.raw, first.raw, first.notes)}
     protos = [_rescaled(ready, chosen, candidate.proto) for candidate in candidates.values()]
     losses = dict(zip(candidates, calibration_loss.losses(ready, protos), strict=True))
     best = min(losses, key=lambda name: losses[name])
-    winner = candidates[best]
-    if best != WITHOUT and ready.settings.refit == "least-squares":
-        winner = _on_all_samples(ready, chosen, first.raw, best) or winner
-    notes = winner.notes
+    notes = candidates[best].notes
     if best == WITHOUT:
-        unused = "" if ready.settings.refit == "bias" else "that it did not use "
         note = (
             f"the refit is left out: on calibration samples {unused}the model loses {losses[REFIT]:.3g} with it and "
             f"{losses[WITHOUT]:.3g} without"
         )
         notes = (*notes, note)
-    return replace(winner, notes=notes, losses=losses)
+    return best, replace(candidates[best], notes=notes, losses=losses)
 
 
 def folds_constants(settings: Settings) -> bool:

@@ -19,8 +19,9 @@ Where a node has few rows for its unknowns, as behind a pooling, augmented copie
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -40,7 +41,7 @@ from onnx_oamip.repair.channel_mixing import mixes_channels
 from onnx_oamip.repair.cut_model import Cut
 from onnx_oamip.repair.node_refit import refit_family, shift_bias
 from onnx_oamip.repair.problems import Copied
-from onnx_oamip.repair.refit_scope import families_behind, short_of_samples
+from onnx_oamip.repair.refit_scope import families_behind
 from onnx_oamip.repair.row_sampling import GRAM_CAP
 from onnx_oamip.repair.shared_weights import Family
 from onnx_oamip.repair.targets import Target, collect_targets
@@ -80,14 +81,8 @@ class Sampling:
 
 
 def least_squares(
-    model: Model,
-    coupling: Coupling,
-    units: Bools,
-    raw: onnx.ModelProto,
-    sampling: Sampling,
-    *,
-    change: Augment | None = None,
-) -> tuple[Pruned, ...]:
+    model: Model, coupling: Coupling, units: Bools, raw: onnx.ModelProto, sampling: Sampling
+) -> Pruned:
     """Refits every linear node behind the cut, front to back.
 
     Args:
@@ -96,31 +91,78 @@ def least_squares(
         units: Keep mask of the units (n_units,).
         raw: The cut model.
         sampling: The samples.
-        change: Makes a changed feed, for a second refit: where samples are few, it is also on augmented copies of them.
-            Nodes in front of the first that is short of samples are refitted once for both. None for no second refit.
 
     Returns:
-        The refitted model, with notes and one record per fit; behind it that of the second refit.
+        The refitted model, with notes and one record per fit.
 
     Raises:
         OutOfMemory: The memory does not suffice for a node, which the message names.
     """
     task = _task(Cut(model, coupling, units), sampling)
-    run = _begun(task, raw)
-    in_order = task.in_order
-    if change is None:
-        run.advance(in_order)
-        return (run.result(raw),)
-    short = short_of_samples(model, task.families, sampling.samples, sampling.cap)
-    names = [place.node.name for place in in_order]
-    first = next((i for i, name in enumerate(names) if name in short), len(names))
-    run.advance(in_order[:first])
-    both = run.fork(change, short)
-    run.advance(in_order[first:])
-    plain = run.result(raw)
-    del run  # its activations
-    both.advance(in_order[first:])
-    return plain, both.result(raw)
+    return _refitted(task, Pruned(raw, raw, task.notes), task.in_order)
+
+
+def front(
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    raw: onnx.ModelProto,
+    sampling: Sampling,
+    *,
+    short: Collection[str],
+) -> Pruned:
+    """Refits the nodes in front of the first that is short of samples: further samples would not change them much.
+
+    Args:
+        model: The original model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+        raw: The cut model.
+        sampling: The samples.
+        short: Names of the nodes that are short of samples (:func:`refit_scope.short_of_samples`).
+
+    Returns:
+        The model with these nodes refitted, from which several refits of the other nodes can start.
+
+    Raises:
+        OutOfMemory: The memory does not suffice for a node, which the message names.
+    """
+    task = _task(Cut(model, coupling, units), sampling)
+    return _refitted(task, Pruned(raw, raw, task.notes), task.in_front_of(short))
+
+
+def rest(
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    start: Pruned,
+    sampling: Sampling,
+    *,
+    short: Collection[str],
+    change: Augment | None = None,
+) -> Pruned:
+    """Refits the nodes from the first that is short of samples on.
+
+    Args:
+        model: The original model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+        start: The model with the nodes in front of these refitted (:func:`front`).
+        sampling: The samples; they may be others than those of the nodes in front.
+        short: Names of the nodes that are short of samples.
+        change: Makes a changed feed: augmented copies of the samples add to the rows of nodes that are short of them.
+            None for no copies.
+
+    Returns:
+        The refitted model, with notes and one record per fit of all nodes.
+
+    Raises:
+        OutOfMemory: The memory does not suffice for a node, which the message names.
+    """
+    task = _task(Cut(model, coupling, units), sampling)
+    places = task.in_order[len(task.in_front_of(short)) :]
+    copies = None if change is None else _Copying(change, short)
+    return _refitted(task, start, places, copies)
 
 
 def is_valid_cache_entry(refitted: Pruned, raw: onnx.ModelProto) -> bool:
@@ -189,6 +231,10 @@ class _Task:
         both: list[Site | recurrent.Layer] = [*self.places, *self.layers]
         return sorted(both, key=lambda place: number[place.node.name])
 
+    def in_front_of(self, names: Collection[str]) -> list[Site | recurrent.Layer]:
+        """Nodes and recurrent layers in front of the first of some nodes; all of them where there is none."""
+        return list(itertools.takewhile(lambda place: place.node.name not in names, self.in_order))
+
     @property
     def late(self) -> frozenset[str]:
         """Names of the nodes whose weight is refitted before their input is known."""
@@ -199,9 +245,9 @@ class _Task:
         feeds: Sequence[Mapping[str, Array]],
         memory_limit: int,
         weights: Sequence[PositionWeights] | None,
-        only: Collection[str] | None = None,
+        only: Collection[str],
     ) -> dict[str, Target]:
-        """Outputs of the original nodes on some feeds; of all nodes, or only of some."""
+        """Outputs of some of the original nodes on some feeds."""
         given = self.sampling
         return collect_targets(
             self.cut.model,
@@ -230,11 +276,13 @@ class _Task:
             return None
         return position_weights(self.cut.model, given.objective, feeds, given.device)
 
-    def steps(self, weights: Sequence[PositionWeights] | None) -> dict[str, list[recurrent.Steps]]:
-        """Gate sums of the recurrent layers at sampled steps."""
+    def steps(
+        self, layers: Sequence[recurrent.Layer], weights: Sequence[PositionWeights] | None
+    ) -> dict[str, list[recurrent.Steps]]:
+        """Gate sums of recurrent layers at sampled steps."""
         return recurrent.collect(
             self.cut.model,
-            self.layers,
+            layers,
             self.feeds,
             types=self.types,
             device=self.sampling.device,
@@ -264,39 +312,109 @@ def _task(cut: Cut, sampling: Sampling) -> _Task:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Copying:
+    """Augmented copies of the samples: ``change`` makes them, ``names`` are the nodes whose rows they add to."""
+
+    change: Augment
+    names: Collection[str]
+
+
+def _refitted(
+    task: _Task,
+    start: Pruned,
+    places: Sequence[Site | recurrent.Layer],
+    copying: _Copying | None = None,
+) -> Pruned:
+    """Refits some nodes, with copies of the samples if they are given.
+
+    Args:
+        task: All nodes behind the cut, and the samples.
+        start: The cut model, with the nodes in front of these refitted.
+        places: The nodes, in the order of the graph.
+        copying: Augmented copies of the samples; both then get their share of the memory.
+
+    Returns:
+        The model with the nodes refitted, and all notes and records.
+    """
+    given = task.sampling
+    proto = onnx.ModelProto()
+    proto.CopyFrom(start.proto)
+    run = _Run(task, places, proto, given.limit if copying is None else given.limit // (1 + COPIES))
+    if copying is not None:
+        run.add_copies(copying)
+    run.advance()
+    used, feeds = run.frontier.batches, task.feeds
+    notes = [*start.notes, *run.notes]
+    if used < len(feeds):
+        taken = sum(map(len, feeds.indices[:used]))
+        total = sum(map(len, feeds.indices))
+        notes.append(
+            f"least squares used {taken} of {total} samples for the last nodes, as many as fit in "
+            f"{run.limit >> 20} MiB"
+        )
+    return Pruned(start.raw, proto, tuple(notes), (*start.fits, *run.fits))
+
+
 class _Run:
     """A refit in progress.
 
     Attributes:
-        task: The nodes and the samples.
+        task: All nodes behind the cut, and the samples.
+        places: The nodes to refit.
         proto: The cut model, changed node by node.
-        frontier: Its activations.
+        limit: Upper bound in bytes on the activations of the samples in memory.
+        frontier: These activations.
         targets: Outputs of the original nodes.
         steps: Gate sums of the original recurrent layers.
-        limit: Upper bound in bytes on the activations of the samples in memory.
         copies: Augmented copies of the samples, if any.
         notes: Remarks so far.
         fits: Records so far.
     """
 
-    task: _Task
-    proto: onnx.ModelProto
-    frontier: Frontier
-    targets: dict[str, Target]
-    steps: dict[str, list[recurrent.Steps]]
-    limit: int
-    copies: Copied | None = None
-    notes: list[str] = field(default_factory=list)
-    fits: list[Fit] = field(default_factory=list)
+    def __init__(
+        self,
+        task: _Task,
+        places: Sequence[Site | recurrent.Layer],
+        proto: onnx.ModelProto,
+        limit: int,
+    ) -> None:
+        self.task = task
+        self.places = places
+        self.proto = proto
+        self.limit = limit
+        self.frontier = Frontier(proto, task.feeds, task.types, task.sampling.device, limit)
+        names = {place.node.name for place in places}
+        weights = task.weights(task.feeds)
+        # The uses of a weight are refitted together at the first of them, which needs the outputs of all.
+        used = {
+            name for family in task.families if family.names[0] in names for name in family.names
+        }
+        self.targets = task.targets(task.feeds, limit, weights, names | used)
+        self.steps = task.steps(
+            [layer for layer in task.layers if layer.node.name in names], weights
+        )
+        self.copies: Copied | None = None
+        self.notes: list[str] = []
+        self.fits: list[Fit] = []
 
-    def advance(self, places: Sequence[Site | recurrent.Layer]) -> None:
-        """Refits the next nodes."""
+    def add_copies(self, copying: _Copying) -> None:
+        """Adds copies of the samples to the rows of some nodes."""
+        task = self.task
+        limit = COPIES * self.limit
+        feeds = Copies(task.feeds, copying.change, COPIES, task.sampling.seed)
+        self.copies = Copied(
+            Frontier(self.proto, feeds, task.types, task.sampling.device, limit),
+            task.targets(feeds, limit, task.weights(feeds), copying.names),
+        )
+
+    def advance(self) -> None:
+        """Refits the nodes."""
         task, cut = self.task, self.task.cut
         editor = Editor(self.proto)
         by_first = {family.names[0]: family for family in task.families}
         number = {place.node.name: i for i, place in enumerate(task.in_order)}
-        for place in places:
+        for place in self.places:
             fit = None
             remarks: list[str] = []
             name = place.node.name
@@ -324,58 +442,3 @@ class _Run:
                 self.notes.append(f"{place.node}: {'; '.join(remarks)}")
             if task.sampling.progress:
                 task.sampling.progress("refit", number[name] + 1, len(number))
-
-    def fork(self, change: Augment, short: Collection[str]) -> _Run:
-        """Makes a run that is as far as this one, with copies of the samples; both get their share of the memory.
-
-        Args:
-            change: Makes a changed feed.
-            short: Names of the nodes whose rows the copies add to.
-
-        Returns:
-            The run.
-        """
-        task = self.task
-        limit = task.sampling.limit // (1 + COPIES)
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
-        changed = Copies(task.feeds, change, COPIES, task.sampling.seed)
-        copied = Copied(
-            Frontier(proto, changed, task.types, task.sampling.device, COPIES * limit),
-            task.targets(changed, COPIES * limit, task.weights(changed), short),
-        )
-        return _Run(
-            task,
-            proto,
-            self.frontier.fork(proto, limit),
-            dict(self.targets),
-            dict(self.steps),
-            limit,
-            copied,
-            list(self.notes),
-            list(self.fits),
-        )
-
-    def result(self, raw: onnx.ModelProto) -> Pruned:
-        """The refitted model with all notes, given the cut model."""
-        feeds, used = self.task.feeds, self.frontier.batches
-        notes = [*self.task.notes, *self.notes]
-        if used < len(feeds):
-            taken = sum(map(len, feeds.indices[:used]))
-            total = sum(map(len, feeds.indices))
-            notes.append(
-                f"least squares used {taken} of {total} samples for the last nodes, as many as fit in "
-                f"{self.limit >> 20} MiB"
-            )
-        return Pruned(raw, self.proto, tuple(notes), tuple(self.fits))
-
-
-def _begun(task: _Task, raw: onnx.ModelProto) -> _Run:
-    """A refit of all samples at its first node."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(raw)
-    given = task.sampling
-    frontier = Frontier(proto, task.feeds, task.types, given.device, given.limit)
-    weights = task.weights(task.feeds)
-    targets = task.targets(task.feeds, given.limit, weights)
-    return _Run(task, proto, frontier, targets, task.steps(weights), given.limit)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from onnx_oamip.core.records import Bools, Coupling, Model, Node
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT
@@ -108,8 +106,10 @@ def new_biases(model: Model) -> int:
     return products + recurrent.bias_growth(model)
 
 
-def is_short_of_samples(model: Model, coupling: Coupling, units: Bools, samples: Samples) -> bool:
-    """Test whether augmented copies of the samples would add to the rows of any fit.
+def short_of_samples(
+    model: Model, coupling: Coupling, units: Bools, samples: Samples
+) -> frozenset[str]:
+    """Find the nodes whose fit samples so many of their rows that more samples, or copies of them, add to it.
 
     Args:
         model: The original model.
@@ -118,34 +118,18 @@ def is_short_of_samples(model: Model, coupling: Coupling, units: Bools, samples:
         samples: Calibration samples.
 
     Returns:
-        True if the fit of a node samples at least the share ``SHORT`` of its rows.
-    """
-    families, _, _ = families_behind(Cut(model, coupling, units))
-    return bool(short_of_samples(model, families, samples, GRAM_CAP))
-
-
-def short_of_samples(
-    model: Model, families: Sequence[Family], samples: Samples, cap: int
-) -> set[str]:
-    """Find the nodes whose fit samples so many of their rows that copies of the samples add to them.
-
-    Args:
-        model: The original model.
-        families: Linear nodes to refit.
-        samples: Calibration samples.
-        cap: Unknowns per output above which a node is wide.
-
-    Returns:
-        Their names. Nodes that share a weight, and those too wide for a Gram matrix, are none of them.
+        Names of the nodes whose fit samples at least the share ``SHORT`` of their rows. Nodes that share a weight, and
+        those too wide for a Gram matrix, are none of them.
     """
     result = set[str]()
+    families, _, _ = families_behind(Cut(model, coupling, units))
     for family in families:
         place = family.uses[0]
         shape = model.shapes.get(place.node.outputs[0])
         weight = model.constants[place.weight]
-        if shape is None or family.is_shared or is_wide(place, weight, cap):
+        if shape is None or family.is_shared or is_wide(place, weight, GRAM_CAP):
             continue
         rows = row_count(place, shape) * samples.usable() / max(model.batch, 1)
-        if row_limit(matrix_shape(place, weight), cap, DEFAULT_MEMORY_LIMIT) >= SHORT * rows:
+        if row_limit(matrix_shape(place, weight), GRAM_CAP, DEFAULT_MEMORY_LIMIT) >= SHORT * rows:
             result.add(place.node.name)
-    return result
+    return frozenset(result)

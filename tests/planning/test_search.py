@@ -160,7 +160,7 @@ def test_refit_adds_biases_only(name: str) -> None:
     found = dataset.load(arrays(name, 16, 1), model)
     assert found is not None
     sampling = least_squares.Sampling(samples=found, device="cpu")
-    (pruned,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    pruned = least_squares.least_squares(model, coupling, keep, raw, sampling)
     predicted = ledger.cost(widths)
     counted = cost.count(models.from_proto(pruned.proto, model.bindings))
     assert counted.macs == predicted.macs
@@ -665,24 +665,24 @@ def test_refit_that_loses_more_than_none_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = small(CNN, tmp_path)
-    real = least_squares.least_squares
+    real = least_squares.rest
     used: list[Samples] = []
 
-    def harmful(*args: Any) -> tuple[Pruned]:
+    def harmful(*args: Any, **options: Any) -> Pruned:
         """A refit with the signs of all weights turned."""
         used.append(args[-1].samples)
-        (found,) = real(*args)
+        found = real(*args, **options)
         for tensor in found.proto.graph.initializer:
             value = numpy_helper.to_array(tensor)
             if value.dtype == np.float32:
                 tensor.CopyFrom(numpy_helper.from_array(-value, tensor.name))
-        return (found,)
+        return found
 
     sound = search.search(ready)
     assert set(sound.pruned.losses) == {"refit", "none"}
     assert sound.pruned.losses["refit"] <= sound.pruned.losses["none"]
     assert sound.pruned.fits
-    monkeypatch.setattr(least_squares, "least_squares", harmful)
+    monkeypatch.setattr(least_squares, "rest", harmful)
     found = search.search(ready)
     assert found.pruned.losses["refit"] > found.pruned.losses["none"]
     assert found.pruned.losses["none"] == sound.pruned.losses["none"]
@@ -705,16 +705,17 @@ def test_refit_that_is_kept_is_made_again_on_all_samples(
 ) -> None:
     """Only where further samples add to the rows of a fit; the losses are those of the comparison."""
     ready = small(CNN, tmp_path)
-    real = least_squares.least_squares
+    real = least_squares.rest
     made: list[tuple[int, Pruned]] = []
 
-    def record(*args: Any) -> tuple[Pruned, ...]:
-        found = real(*args)
-        made.append((args[-1].samples.count, found[0]))
+    def record(*args: Any, **options: Any) -> Pruned:
+        found = real(*args, **options)
+        made.append((args[-1].samples.count, found))
         return found
 
-    monkeypatch.setattr(least_squares, "least_squares", record)
-    monkeypatch.setattr(refit_scope, "is_short_of_samples", lambda *_: is_short)
+    short = frozenset(node.name for node in ready.model.nodes) if is_short else frozenset()
+    monkeypatch.setattr(least_squares, "rest", record)
+    monkeypatch.setattr(refit_scope, "short_of_samples", lambda *_: short)
     found = search.search(ready)
     compared, measured = (part.count for part in collector.parts(ready.samples))
     expected = [compared, ready.samples.count] if is_short else [compared]
@@ -744,7 +745,7 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
 
     plain, copied = rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5)
     assert plain < copied
-    monkeypatch.setattr(least_squares, "least_squares", None)
+    monkeypatch.setattr(least_squares, "rest", None)
     assert (plain, copied) == (rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5))
     without = ready.settings.model_copy(update={"augment": "none"})
     monkeypatch.setattr(calibration_loss, "losses", lambda *_: [0.1, 0.5])

@@ -50,7 +50,7 @@ from onnx_oamip.graph import partial_execution, weight_sharing
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.repair import least_squares, ridge, row_sampling, targets
+from onnx_oamip.repair import least_squares, refit_scope, ridge, row_sampling, targets
 from onnx_oamip.repair.residual_joins import join
 from onnx_oamip.repair.shared_weights import Family
 
@@ -90,9 +90,15 @@ def test_copies_add_rows_where_samples_are_few(
     samples = random_calibration(model, 24)
     sampling = least_squares.Sampling(samples=samples, device="cpu", batch_size=8)
     given = model, coupling, keep, rewrite.cut(model, coupling, keep), sampling
-    plain, copied = least_squares.least_squares(*given, change=_mirrored)
-    _, again = least_squares.least_squares(*given, change=_mirrored)
-    (alone,) = least_squares.least_squares(*given)
+    short = refit_scope.short_of_samples(model, coupling, keep, samples)
+    assert short == {model.nodes[-1].name}
+    start = least_squares.front(*given, short=short)
+    assert len(start.fits) == 1
+    plain, copied, again = (
+        least_squares.rest(model, coupling, keep, start, sampling, short=short, change=change)
+        for change in (None, _mirrored, _mirrored)
+    )
+    alone = least_squares.least_squares(*given)
     assert copied.proto.SerializeToString() == again.proto.SerializeToString()
     assert plain.proto.SerializeToString() == alone.proto.SerializeToString()
     assert plain.fits == alone.fits
@@ -1002,7 +1008,7 @@ def test_graph_that_is_not_a_refit_is_refused(change: str, tmp_path: Path) -> No
     samples_ = dataset.load({"x": random_samples(model, 40)["x"]}, model)
     assert samples_ is not None
     sampling = least_squares.Sampling(samples=samples_, device="cpu")
-    (found,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    found = least_squares.least_squares(model, coupling, keep, raw, sampling)
     assert found.proto != raw
     assert least_squares.is_valid_cache_entry(found, raw)
     assert least_squares.is_valid_cache_entry(Pruned(raw, raw), raw)

@@ -180,7 +180,7 @@ def carry(case: Case, keep: Bools, treatment: str) -> onnx.ModelProto:
         )
         proto: onnx.ModelProto = folded.proto
         return proto
-    (refitted,) = least_squares(
+    refitted = least_squares(
         case.model, case.coupling, keep, raw, Sampling(samples=case.samples, device=DEVICE)
     )
     proto: onnx.ModelProto = refitted.proto
