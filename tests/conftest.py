@@ -112,21 +112,25 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture
-def constant_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def constant_latency() -> Iterator[None]:
     """Compare no latencies: every pruned model takes half of the original's time."""
     from onnx_oamip.api import proof
     from onnx_oamip.verification.latency import Ratio
 
-    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_latency_gates() -> None:
-    """Compare latencies for a moment in place of seconds: tests of the gate's verdict replace the measurement."""
+@pytest.fixture
+def measured_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare latencies after all, for a moment in place of seconds."""
     from onnx_oamip.api import proof
+    from onnx_oamip.verification.latency import compare_latency
 
-    proof.GATE_SECONDS = (0.02, 0.1)
+    monkeypatch.setattr(proof, "compare_latency", compare_latency)
+    monkeypatch.setattr(proof, "GATE_SECONDS", (0.02, 0.1))
 
 
 @pytest.fixture

@@ -178,8 +178,6 @@ class _Decisions(_Counter):
         b = after.argmax(axis=1) if same_shape else np.full(len(a), -1)
         if same_shape:
             b = np.where(np.isnan(after).any(axis=1), -1, b)
-        else:
-            b = b
         classes = before.shape[1]
         self.add(
             decided=np.bincount(a, minlength=classes).astype(np.float64),

@@ -13,8 +13,6 @@ from onnx_oamip.core.json_values import plain
 from onnx_oamip.programs import solvers
 from onnx_oamip.programs.solvers import SolverRecord
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
 
 def test_healthy_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -46,9 +46,6 @@ FLAGS = [
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 @pytest.fixture(scope="module")
 def model() -> ModelProto:
     return build(TEXT)

@@ -141,9 +141,6 @@ def name(row: Row) -> str:
     return " ".join(str(value) for value in row.values())
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def given(folder: Path, net: str) -> Path:
     """model.onnx, and data.npz with the model's own classes as labels."""
     path = folder / "model.onnx"

@@ -56,9 +56,6 @@ TEXT = """(float[batch,3,8,8] image) => (float[batch,5] scores)
 }"""
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def settings(**values: object) -> Settings:
     """Choices that take no time and do not depend on the machine."""
     quick = {
@@ -378,6 +375,14 @@ def test_model_without_batch_axis_is_never_written(
     with pytest.raises(GateFailed):
         _prune(task, refit="none")
     _untouched(task)
+
+
+def test_latency_is_measured_in_rounds(task: Path, measured_latency: None) -> None:
+    found = _prune(task, force=True).verification.latency
+    assert found is not None
+    assert found.rounds >= 5
+    assert 0 < found.low <= found.median <= found.high
+    assert found.median != 0.5, "the constant of other tests"
 
 
 def test_latency_in_doubt_is_measured_again_and_then_not_shown(

@@ -31,9 +31,6 @@ AUDIO = """
 Feed = dict[str, np.ndarray[Any, Any]]
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def _feeds(count: int, seed: int) -> list[Feed]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(20, 60, count)

@@ -25,9 +25,6 @@ from onnx_oamip.verification.latency import Ratio
 QUICK = {"importance": "l2", "allocate": "uniform", "refit": "none", "align": 1, "device": "cpu"}
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def asked(**values: object) -> Settings:
     return Settings.create(**{**QUICK, "macs": 0.5, **values})
 

@@ -29,8 +29,6 @@ from onnx_oamip.cli import main
 from onnx_oamip.core.settings import Settings
 from tools import licences
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:

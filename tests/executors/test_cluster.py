@@ -108,7 +108,7 @@ def _plan(place: Path, scheduler: str | None, progress: Any = None, **values: An
     "values",
     [
         {},
-        {"importance": "oamip", "mode": "decoupled"},
+        pytest.param({"importance": "oamip", "mode": "decoupled"}, marks=pytest.mark.slow),
         {"importance": "oamip", "mode": "decoupled", "refit": "bias"},
         {"importance": "snacs", "limits": "snacs"},
         {"importance": "mint"},
@@ -131,27 +131,8 @@ def test_commands_accept_a_scheduler_address(
 ) -> None:
     common = ["case.onnx", "--data", "data.npz", "--device", "cpu", "-q", "--scheduler", address]
     few = ["--align", "1", "--solver", "highs"]
-    assert (
-        cli.main(
-            ["score", *common, "--importance", "oamip", "--mode", "decoupled", "-o", "there.npz"]
-        )
-        == 0
-    )
-    assert (
-        cli.main(
-            [
-                "score",
-                *common[:-2],
-                "--importance",
-                "oamip",
-                "--mode",
-                "decoupled",
-                "-o",
-                "here.npz",
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["score", *common, "-o", "there.npz"]) == 0
+    assert cli.main(["score", *common[:-2], "-o", "here.npz"]) == 0
     with np.load("there.npz") as there, np.load("here.npz") as here:
         assert there.files == here.files
         for name in set(here.files) - {"settings", "programs"}:
@@ -236,9 +217,8 @@ def test_thread_executor_shares_the_object_between_tasks() -> None:
 # --------------------------------------------------------------------------------------------------- workers that go
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(1, id="one", marks=pytest.mark.slow), pytest.param(2, id="all")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2], ids=["one", "all"])
 def test_losing_workers_does_not_change_the_plan(
     place: Path, local: Any, address: str, count: int
 ) -> None:
@@ -254,13 +234,14 @@ def test_losing_workers_does_not_change_the_plan(
     assert killed
 
 
-def test_task_of_a_lost_worker_runs_again(local: Any, address: str) -> None:
+def test_tasks_of_lost_workers_run_again(local: Any, address: str) -> None:
+    """All workers are lost, so that those that come after are sent the shared object again."""
     killed: list[int] = []
 
     def kill(done: int, total: int) -> None:
         if done == 3:
             killed.append(done)
-            _kill(local, 1)
+            _kill(local, 2)
 
     assert executor(scheduler=address).map(
         executor_tasks.rest, 0.05, list(range(30)), kill

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import pytest
 from graphs import build, constants, distance
 from onnx import ModelProto, helper, numpy_helper
 
@@ -34,9 +33,6 @@ QUICK = {
     "force": True,
 }
 ROWS = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
-
-
-pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _pruned(proto: ModelProto, folder: Path) -> tuple[Report, ModelProto]:

@@ -36,9 +36,6 @@ QUICK = {
 ROWS = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def _pruned(proto: ModelProto, folder: Path) -> tuple[Report, ModelProto, list[Array]]:
     """Report, pruned file, and its outputs in plain ONNX Runtime."""
     source, target = folder / "net.onnx", folder / "out.onnx"

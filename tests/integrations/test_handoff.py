@@ -276,10 +276,15 @@ def test_action_prunes_and_reports(action: dict[str, Any], tmp_path: Path) -> No
     assert all(group["name"] in text for group in document["groups"])
 
 
-def test_action_does_not_execute_text_of_its_inputs(action: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_action_does_not_execute_text_of_its_inputs(
+    each: bool, action: dict[str, Any], tmp_path: Path
+) -> None:
+    """All inputs at once, as the shell reads them before the program; each alone in the slow tier."""
     evil = 'a"; touch broken; "$(touch broken)`touch broken`'
-    for name in action["inputs"]:
-        inputs = {"model": "model.onnx", "data": "data.npz", "budget": "--macs 0.5", name: evil}
+    usable = {"model": "model.onnx", "data": "data.npz", "budget": "--macs 0.5"}
+    for names in [[name] for name in action["inputs"]] if each else [list(action["inputs"])]:
+        inputs = {**usable, **dict.fromkeys(names, evil)}
         done, summary, _ = run_step(action, tmp_path, inputs)
         assert done.returncode == 2
         assert done.stderr.startswith("Error: ")

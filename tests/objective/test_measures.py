@@ -57,6 +57,14 @@ def test_agreement_of_classes() -> None:
     assert not found.warnings
 
 
+def test_output_of_another_shape_agrees_with_nothing() -> None:
+    truth = one_hot([0, 1, 2])
+    term = replace(CLASSES, labelled=True)
+    found = measured(term, truth, one_hot([0, 1, 2], 4), np.asarray([0, 1, 2]))
+    assert found.values["agreement"] == 0.0
+    assert (found.values["accuracy_before"], found.values["accuracy_after"]) == (1.0, 0.0)
+
+
 def test_least_value_decides_where_the_term_says_so() -> None:
     """Distances: a change of the far ones decides nothing, and the loss sees the near ones."""
     term = replace(CLASSES, form="logits", least=True)

@@ -383,6 +383,42 @@ def test_unreachable_budget_is_refused(coupled: tuple[Model, Coupling]) -> None:
     assert text.endswith("; ask for more or see 'onnx-oamip inspect'.")
 
 
+def test_refusal_names_the_alignment_that_binds(tmp_path: Path) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    with pytest.raises(
+        BudgetNotMet, match=r"it can be met without `align=64`, that is with `align=1`\.$"
+    ):
+        _plan(model, coupling, macs=0.1, align=64)
+    with pytest.raises(BudgetNotMet, match=r"without `floor=0.5` and `align=64`, that is with"):
+        _plan(model, coupling, macs=0.1, align=64, floor=0.5)
+    with pytest.raises(BudgetNotMet, match=r"it can be met without `floor=0.5`\.$"):
+        _plan(model, coupling, macs=0.1, floor=0.5)
+
+
+def test_widths_are_rounded_down_to_the_step_unless_full() -> None:
+    widths, step, full = np.asarray([[7, 5, 9, 3], [4, 4, 3, 1], [7, 8, 10, 3]])
+    assert allocation._snap(widths, step, full).tolist() == [7, 4, 9, 3]
+
+
+def test_trade_records_loss_and_multiplier_of_the_widths_taken() -> None:
+    """Widths above the ceiling belong to no bound; between two candidates the loss is interpolated."""
+    candidates = (np.asarray([1, 3, 5]), np.asarray([2, 4]))
+    losses = (np.asarray([6.0, 2.0, 0.0]), np.asarray([4.0, 0.0]))
+    ladder = Ladder(candidates, losses)
+    allowed = Ladder((candidates[0][:2], candidates[1]), (losses[0][:2], losses[1]))
+    found = allocation._trade(ladder, np.asarray([3, 4]), np.asarray([2, 4]), 5.0)
+    weight, units = budget_program.multiplier(allowed, 5.0)
+    assert weight > 0
+    assert found == {
+        "max_loss": 5.0,
+        "loss": 4.0,
+        "lambda": weight,
+        "units": 6,
+        "least_units": units,
+    }
+
+
 def test_refusal_gives_the_reason_of_the_heaviest_nodes(tmp_path: Path) -> None:
     """A state that is an input pins nearly all MACs; the vocabulary of the embedding, pinned too, costs none."""
     step = """(int64[N] ids, float[N,64] state) => (float[N,64] next)

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 from graphs import build, load
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
@@ -242,6 +242,33 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
     line = LinearisedLimit("latency", products(rng.random(terms)), 0.5, 0.0)
     most = measured(ledger, np.asarray([w[-1] for w in ladder.widths]), line)
     return ledger, ladder, replace(line, limit=most * draw(st.floats(0.2, 1.1)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=ledgers(), share=st.floats(0.4, 1.1))
+def test_first_point_of_the_program_is_the_greedy_plan(
+    case: tuple[Ledger, Ladder, LinearisedLimit], share: float
+) -> None:
+    """It meets all rows, its levels are the plan's, and so is its objective up to what breaks ties."""
+    ledger, ladder, _ = case
+    full = np.asarray([w[-1] for w in ladder.widths])
+    targets = shares(ledger.cost(full), {"macs", "params"}, share)
+    budget = budget_program._Budget.of(ledger, ladder, targets, ())
+    plan = budget_program._greedy(budget)
+    assume(plan is not None)
+    assert plan is not None
+    formulation = budget_program._formulate(budget, plan)
+    program = formulation.program
+    point = program.start
+    assert point is not None
+    assert ((point >= program.lower) & (point <= program.upper)).all()
+    rows = program.matrix @ point
+    assert ((rows >= program.row_lower - 1e-9) & (rows <= program.row_upper + 1e-9)).all()
+    np.testing.assert_array_equal(budget.level(point), plan)
+    value = float(program.objective @ point + program.offset)
+    expected = formulation.objective(budget, plan)
+    ties = budget_program.TIE_BREAK * budget_program.MAGNITUDE
+    assert value == pytest.approx(expected, rel=1e-9, abs=ties)
 
 
 def test_any_ledger_matches_enumeration() -> None:

@@ -26,9 +26,6 @@ TEXT = f"""(float[batch,6] x) => (float[batch,4] scores)
 }}"""
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A dense network whose outputs depend on the first ``IMPORTANT`` units of both layers and hardly on the others."""

@@ -184,7 +184,7 @@ def test_refit_adds_biases_only(name: str) -> None:
                 {"size": 0.4},
             )
         ),
-        ("resnet20-fashion", {"macs": 0.6, "params": 0.5}),
+        pytest.param("resnet20-fashion", {"macs": 0.6, "params": 0.5}, marks=pytest.mark.slow),
         pytest.param("resnet20-fashion", {"macs": 0.5}, marks=pytest.mark.slow),
         pytest.param("resnet20-fashion", {"params": 0.3}, marks=pytest.mark.slow),
         pytest.param("resnet20-fashion", {"size": 0.4}, marks=pytest.mark.slow),
@@ -415,7 +415,9 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("points", [0.4, 3.0])
-@pytest.mark.parametrize("name", ["lenet300-mnist", "lenet5-mnist"])
+@pytest.mark.parametrize(
+    "name", ["lenet300-mnist", pytest.param("lenet5-mnist", marks=pytest.mark.slow)]
+)
 def test_max_drop_is_met_by_a_smaller_model(name: str, points: float, few_rows: None) -> None:
     ready = asked(prepared(name), max_drop=points)
     steps: list[tuple[str, int, int]] = []
@@ -581,7 +583,7 @@ def test_latency_budget_is_met_despite_noise(monkeypatch: pytest.MonkeyPatch) ->
     ready = asked(prepared("resnet20-fashion"), latency=0.6, refit="none")
     table, measure = _clock(ready, CLOCKS["less than proportional"], _linear)
     monkeypatch.setattr(latency_search, "profile", lambda *_, **__: table)
-    for seed in range(3):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         monkeypatch.setattr(
             latency_search,

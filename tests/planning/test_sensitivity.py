@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import objectives
 import pytest
-from cases import CASES, OpCase, unknown_here
+from cases import CASES, OpCase, by_tier, unknown_here
 from graphs import MLP, RESIDUAL, activations, build, feed, load, samples
 from network_texts import MEASURED as NETS
 from onnx import ModelProto, NodeProto, helper, numpy_helper
@@ -25,6 +26,7 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.data import dataset
+from onnx_oamip.executors import Threads
 from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import matrix, site, unmatrix
@@ -274,7 +276,7 @@ def test_folded_matrices_give_the_same_losses(name: str, cap: int, tmp_path: Pat
         _assert_close(one, _expected(model, coupling, grams, order, feeds, g))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", by_tier(CASES))
 def test_losses_of_every_operator_case_match_a_whole_run(case: OpCase, tmp_path: Path) -> None:
     """No graph of the suite breaks the cutting of parts; one level of its first groups is checked by hand."""
     if reason := unknown_here(case):
@@ -698,3 +700,50 @@ def test_first_order_is_kept_if_nothing_is_lost(tmp_path: Path) -> None:
     for group, pick in zip(coupling.groups, found.tolist(), strict=True):
         if len(group.units) < 5:
             assert pick == 0
+
+
+@pytest.mark.parametrize(
+    ("widths", "loss", "full", "fits"),
+    [
+        ([1, 3], [0.5, 0.0], 3, True),
+        ([1, 2], [0.5, 0.0], 3, False),
+        ([1, 3], [np.nan, 0.0], 3, False),
+        ([1, 3], [np.inf, 0.0], 3, False),
+        ([3, 3], [0.5, 0.0], 3, False),
+        ([0, 3], [0.5, 0.0], 3, False),
+        ([3], [0.5, 0.0], 3, False),
+        ([], [], 3, False),
+    ],
+)
+def test_losses_in_the_cache_are_validated(
+    widths: list[int], loss: list[float], full: int, fits: bool
+) -> None:
+    entry = Sensitivity(np.asarray(widths, np.int64), np.asarray(loss))
+    wide = np.asarray([full])
+    assert sensitivity.fits((entry,), wide) is fits
+    assert sensitivity.some_fit({0: entry}, wide) is fits
+    assert not sensitivity.fits((entry, entry), wide)
+    assert not sensitivity.some_fit({1: entry}, wide)
+
+
+def test_losses_and_choices_are_computed_where_the_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int | None, str | None]] = []
+
+    def record(workers: int | None, scheduler: str | None, device: str) -> Threads:
+        asked.append((workers, scheduler))
+        return Threads(1)
+
+    monkeypatch.setattr(sensitivity, "executor", record)
+    model = load(build(MLP), tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model)
+    grams = covariances.collect(model, coupling, feeds, "cpu")
+    order = _order(coupling)
+    objective = objectives.of_feeds(model, feeds)
+    common = (model, coupling, grams)
+    where: dict[str, Any] = {"workers": 3, "scheduler": "tcp://host:1", "objective": objective}
+    sensitivity.measure(*common, order, feeds, device="cpu", **where)
+    sensitivity.choose(*common, [order, -order], feeds, device="cpu", **where)
+    assert asked == [(3, "tcp://host:1")] * 2

@@ -43,9 +43,6 @@ CHAIN = """(float[batch,1,10,10] image) => (float[batch,4] scores)
 }"""
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def folder(path: Path, text: str = CHAIN, count: int = 240) -> Path:
     """model.onnx and data.npz, the data with the model's own classes as labels."""
     (path / "model.onnx").write_bytes(build(text).SerializeToString())

@@ -516,7 +516,13 @@ def test_without_labels_alignment_is_used_and_noted(tmp_path: Path) -> None:
     assert (ready.constraints.floor > 0).all()
 
 
-@pytest.mark.parametrize("importance", names())
+@pytest.mark.parametrize(
+    "importance",
+    [
+        pytest.param(name, marks=[] if name in ("obs", "oamip") else [pytest.mark.slow])
+        for name in names()
+    ],
+)
 def test_protected_units_are_kept_over_all_iterations(tmp_path: Path, importance: str) -> None:
     """Later rounds score a smaller model; protected are the units of the original."""
     model, coupling, arrays = _learnable(tmp_path)

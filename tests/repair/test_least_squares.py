@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES, OpCase, unknown_here
+from cases import CASES, OpCase, by_tier, unknown_here
 from conftest import MODELS
 from graphs import (
     ATTENTION,
@@ -611,7 +611,7 @@ def test_refit_that_does_not_reduce_the_error_is_discarded(tmp_path: Path) -> No
     assert pruned.proto.SerializeToString() == pruned.raw.SerializeToString()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", by_tier(CASES))
 def test_every_operator_case_stays_valid_after_refit(case: OpCase, tmp_path: Path) -> None:
     """Valid, of the same interface, and finite, whatever stands around the linear nodes."""
     if reason := unknown_here(case):

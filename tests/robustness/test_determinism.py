@@ -45,9 +45,6 @@ FEW_DIVIDED = tuple(
 """Every number of workers and every batch once."""
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def samples(name: str, count: int) -> dict[str, np.ndarray]:
     with np.load(MODELS / f"{name}.npz") as found:
         whole = {k: found[k] for k in found.files if not k.startswith("eval.")}
@@ -65,8 +62,8 @@ def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: 
 @pytest.mark.parametrize(
     ("name", "divisions", "count"),
     [
-        ("lenet300-mnist", DIVIDED, 128),
-        ("lenet5-mnist", FEW_DIVIDED, 128),
+        ("lenet300-mnist", DIVIDED, 64),
+        ("lenet5-mnist", FEW_DIVIDED, 48),
         pytest.param("lenet5-mnist", DIVIDED, 128, marks=pytest.mark.slow),
         pytest.param("vit-fashion", FEW_DIVIDED, 48, marks=pytest.mark.slow),
         *(pytest.param(name, DIVIDED, 512, marks=pytest.mark.slow) for name in REST),

@@ -80,9 +80,6 @@ OLD = b"what was there before"
 WRITTEN = ("out.onnx", "keep.safetensors", "page.html")
 
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
-
 def _given(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(build(TEXT).SerializeToString())
     images = np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)
@@ -296,6 +293,8 @@ def _no_licence(task: Path, stage: Stage) -> None:
     for solver in ("gurobi", "auto"):
         answered.clear()
         with pytest.MonkeyPatch.context() as patch:
+            # Few widths at a time, so that a second budget program follows the first.
+            patch.setattr("onnx_oamip.planning.allocation.RUNGS", 3)
             _begun(patch, stage, lambda: patch.setattr(gurobi, "_gurobipy", Module))
             try:
                 if solver == "gurobi":
@@ -958,6 +957,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow  # test_interrupts.py has both among its cases, wherever processes can be listed
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 @pytest.mark.parametrize(
     ("place", "number", "status", "word"),

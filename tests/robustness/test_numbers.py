@@ -37,8 +37,6 @@ from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.solve import optimise
 from onnx_oamip.programs.solvers import SolverLimits
 
-pytestmark = pytest.mark.usefixtures("constant_latency")
-
 
 def go(
     tmp_path: Path, images: np.ndarray, proto: onnx.ModelProto | None = None, **values: Any

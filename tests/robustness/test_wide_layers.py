@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from graphs import build
 from onnx import numpy_helper
 
 from onnx_oamip import prune
 from onnx_oamip.core.records import Report
 from onnx_oamip.core.settings import Settings
-
-pytestmark = pytest.mark.usefixtures("constant_latency")
 
 
 def _prune(tmp_path: Path, width: int, **settings: object) -> Report:

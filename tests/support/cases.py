@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from op_case import CASES, OpCase, unknown_here
+from op_case import CASES, OpCase, by_tier, unknown_here
 
-__all__ = ["CASES", "OpCase", "unknown_here"]
+__all__ = ["CASES", "OpCase", "by_tier", "unknown_here"]
 
 FAMILIES = (
     "cases_linear",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,16 @@ def check_schema(document: dict) -> None:
     """The document is as its published schema says, if the package that checks it is installed."""
     name = next((name for key, name in SIGNS.items() if key in document), None)
     if jsonschema is not None and name is not None:
-        schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
-        jsonschema.validate(document, schema)
+        validator(name).validate(document)
+
+
+@cache
+def validator(name: str) -> Any:
+    """Validator of a published schema, which is checked itself when it is first used."""
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+    kind = jsonschema.validators.validator_for(schema)
+    kind.check_schema(schema)
+    return kind(schema)
 
 
 def perceptron(path: Path, hidden: int = 16) -> None:

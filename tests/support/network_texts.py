@@ -6,8 +6,8 @@ from graphs import ATTENTION, GROUPED, MLP, RESIDUAL
 from graphs import CNN as SMALL_CNN
 
 RESIDUAL_CNN = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
-<float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3,
- float[8, 12, 1, 1] w5, float[5, 8] w4, float[5] b4> {
+<float[6, 3, 3, 3] w1, float[6] b1, float[8, 6, 3, 3] w2, float[8] b2, float[6, 8, 3, 3] w3,
+ float[4, 6, 1, 1] w5, float[5, 4] w4, float[5] b4> {
     a = Conv<pads = [1, 1, 1, 1]>(image, w1, b1)
     h = Relu(a)
     b = Conv<pads = [1, 1, 1, 1]>(h, w2, b2)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
+import pytest
 from graphs import RUNTIME, build
 from onnx import ModelProto
 
@@ -54,6 +56,17 @@ def unknown_here(case: OpCase) -> str:
         return f"ONNX Runtime {'.'.join(map(str, RUNTIME))} cannot run this graph, cut or not"
     newest = onnx.defs.onnx_opset_version()
     return f"this onnx knows opsets up to {newest}" if case.opset > newest else ""
+
+
+def by_tier(cases: list[OpCase]) -> list[Any]:
+    """Cases as parameters of a test: the first of every operator in the default tier, the others in the slow one."""
+    seen: set[str] = set()
+    found = []
+    for one in cases:
+        marks = [] if set(one.ops) - seen else [pytest.mark.slow]
+        found.append(pytest.param(one, id=one.name, marks=marks))
+        seen.update(one.ops)
+    return found
 
 
 def case(
