@@ -238,7 +238,7 @@ def score(
     mask_file = None
     if save_mask is not None:
         keep_maps.check_mask(settings.importance, mask_threshold)
-        mask_file = check_output(path, save_mask, (source, output), "`save_mask`")
+        mask_file = check_output(path, save_mask, (source,), "`save_mask`", others=(output,))
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
     check_solutions_read(settings, found.programs)
     model = context.model
@@ -476,9 +476,9 @@ def _targets(
         model = None
     else:
         model = check_output(path, output, sources)
-    return FileTargets(
-        model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page
-    )
+    if keep_map is not None:
+        keep_map = check_output(path, keep_map, sources, "`keep_map`", others=(output,))
+    return FileTargets(model, keep_map, page)
 
 
 def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | None]:

@@ -94,10 +94,11 @@ class Result:
             EnvironmentMissing: The page needs a package that is not installed.
         """
         original = self.report.model.path
+        written = (path, keep_map)
         targets = FileTargets(
             check_output(original, path),
-            None if keep_map is None else check_output(original, keep_map),
-            None if page is None else _ReportPage(check_output(original, page)),
+            None if keep_map is None else check_output(original, keep_map, others=(path,)),
+            None if page is None else _ReportPage(check_output(original, page, others=written)),
         )
         return write(self, targets, Clock())
 

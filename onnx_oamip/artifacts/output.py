@@ -17,6 +17,7 @@ from onnx_oamip.artifacts import provenance
 from onnx_oamip.core.atomic_files import Batch, output_errors
 from onnx_oamip.core.errors import OutputError
 from onnx_oamip.core.records import Model, Report
+from onnx_oamip.core.regular_files import refuse_special, same_file
 from onnx_oamip.graph import external_data
 from onnx_oamip.graph.loading import ModelSource, external_paths
 
@@ -26,6 +27,8 @@ def check_output(
     output: str | os.PathLike[str],
     sources: Iterable[object] = (),
     option: str = "-o",
+    *,
+    others: Iterable[str | os.PathLike[str] | None] = (),
 ) -> Path:
     """Check that an output can be written, before any work is done.
 
@@ -34,12 +37,13 @@ def check_output(
         output: File to write.
         sources: Other inputs; those that are no paths are ignored.
         option: Option that gives the output, for error messages.
+        others: Other files that the run writes, None for those that it does not.
 
     Returns:
         The path of the output.
 
     Raises:
-        OutputError: The output cannot be written, or would overwrite an input.
+        OutputError: The output cannot be written, or is another file of the run.
     """
     target = Path(output)
     if not target.parent.is_dir():
@@ -48,6 +52,11 @@ def check_output(
         )
     if target.is_dir():
         raise OutputError(f"the output {target} is a folder; give a file name.")
+    refuse_special(target, "the output", OutputError)
+    if any(other is not None and same_file(target, other) for other in others):
+        raise OutputError(
+            f"{target} is given as another file of this run too; give {option} another path."
+        )
     if not os.access(target.parent, os.W_OK):
         raise OutputError(
             f"the output folder {target.parent} is not writable; choose another {option}."

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 
 from onnx_oamip.core.errors import OutputError
+from onnx_oamip.core.regular_files import refuse_special
 
 locks: ModuleType | None
 try:
@@ -213,7 +214,9 @@ class Batch:
 
         Raises:
             OSError: It cannot be flushed.
+            OutputError: The target is a pipe or a device, which no file may replace.
         """
+        refuse_special(target, "the output", OutputError)
         with staged.open("rb+") as stream:
             os.fsync(stream.fileno())
         self._files.append((staged, target))

@@ -276,6 +276,10 @@ def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
         raise SettingsError(f"`task={task}`: the tasks are {', '.join(kinds)}.")
     free = [t for t in terms if t.kind != "ignore" and t.source != "user"]
     outputs = {t.output for t in free}
+    if not free and any(t.source == "user" for t in terms):
+        raise SettingsError(
+            f"`task={task}` and `outputs` both state what the outputs hold; leave one of the two out."
+        )
     if len(outputs) == 1:
         name = next(iter(outputs))
         whole = Term(name, name, name, "ignore", tails.graph.channel_axis(name))

@@ -607,6 +607,13 @@ def test_unusable_output_paths_are_refused(task: Path, name: str, part: str) -> 
     assert {p.name: p.read_bytes() for p in task.iterdir() if p.is_file()} == before
 
 
+def test_keep_map_may_not_be_the_output(task: Path) -> None:
+    same = task / "out.onnx", task / "." / "out.onnx"
+    with pytest.raises(OutputError, match="given as another file of this run too"):
+        prune(task / "model.onnx", task / "data.npz", same[0], settings(macs=0.5), keep_map=same[1])
+    assert not same[0].exists()
+
+
 def test_output_may_not_overwrite_the_weights_of_the_input(tmp_path: Path) -> None:
     onnx.save_model(
         build(TEXT),

@@ -9,8 +9,10 @@ import pytest
 from graphs import MLP, build, load
 
 from onnx_oamip.artifacts import plan_files
+from onnx_oamip.artifacts.output import check_output
 from onnx_oamip.core import toml_files
-from onnx_oamip.core.errors import DataError, OamipError, SettingsError
+from onnx_oamip.core.atomic_files import write_bytes
+from onnx_oamip.core.errors import DataError, OamipError, OutputError, SettingsError
 from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.data import dataset
 
@@ -35,6 +37,18 @@ def test_files_folders_and_missing_paths_pass(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a")
     for name in ("file", ".", "missing", "x" * 5000, "nul\0"):
         refuse_special(tmp_path / name, "the file", DataError)
+
+
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_no_file_replaces_a_pipe(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(OutputError, match="is a pipe or a device; give a file"):
+        check_output("in.onnx", tmp_path / name)
+    with pytest.raises(OutputError, match="is a pipe or a device; give a file"):
+        write_bytes(b"a", tmp_path / name)
+    assert (tmp_path / name).is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_readers_do_not_open_them(special: Path, tmp_path: Path) -> None:

@@ -822,6 +822,11 @@ def test_task_decides_ambiguous_outputs(tmp_path: Path) -> None:
         (None, {"b": ("classes", 1.0)}, "`outputs=b=classes` does not fit: 'b' has one column"),
         (None, {"b": ("embedding", 1.0)}, "`outputs=b=embedding` does not fit: 'b' has one column"),
         (None, {"a": ("ignore", 1.0), "b": ("ignore", 1.0)}, "every output is ignored"),
+        (
+            "values",
+            {"a": ("values", 1.0), "b": ("values", 1.0)},
+            "`task=values` and `outputs` both state",
+        ),
         ("ignore", {}, "`task=ignore`: the tasks are classes, binary, values, embedding"),
         ("classes", {"a": ("ignore", 1.0)}, "`task=classes` does not fit: 'b' has one column"),
     ],
