@@ -1,7 +1,8 @@
 """The objective of the run as a differentiable function, and the errors of features at the ends of blocks.
 
-The terms are those of ``objective.losses``, with the same scales: 1 is the loss of the average answer. Positions at
-which the original has no finite number count nothing.
+The terms are those of ``objective.losses``, with the same scales: 1 is the loss of the average answer. Where an output
+may hold class scores or values, the mean of both losses is trained. Positions at which the original has no finite
+number count nothing.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def _term(term: Term, truth: Tensor, found: Tensor) -> Tensor:
         known = torch.isfinite(old)
         error = torch.where(known, new - torch.where(known, old, 0.0), 0.0)
         losses.append((error * error / variance).mean())
-    return torch.stack(losses).amax()
+    # Of an ambiguous output the objective takes the worse of two losses. Steps against that one alone raise the other.
+    return torch.stack(losses).mean()
 
 
 def _log_classes(scale: Scale, values: Tensor) -> Tensor:

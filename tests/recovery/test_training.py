@@ -426,6 +426,17 @@ def test_loss_is_that_of_the_objective(name: str) -> None:
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
+def test_both_losses_of_an_ambiguous_output_are_trained() -> None:
+    scale = Scale("logits", 0.7, np.linspace(0.5, 2, 5), background=-1, balance=np.ones((1, 2)))
+    old, new = (torch.from_numpy(rows) for rows in ROWS)
+    found = {}
+    for kind in ("classes", "values", "ambiguous"):
+        term = Term("y", "y", "y", kind, axis=1, scale=scale)  # type: ignore[arg-type]
+        found[kind] = float(losses.objective_loss([term], [old], [new]))
+    assert found["classes"] != found["values"]
+    assert found["ambiguous"] == pytest.approx((found["classes"] + found["values"]) / 2)
+
+
 def test_feature_loss_compares_the_channels_that_are_kept() -> None:
     old = np.arange(24.0).reshape(2, 3, 4)
     new = old[:, [0, 2]] + 1.0
