@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnx_oamip.core.records import Bools, Floats
-from onnx_oamip.programs.subset import Loss, loss_at
+from onnx_oamip.programs.subset import Loss, Relaxation
 
-TURNS = 4
-"""Steps towards the optimum of the relaxation of a node, from that of its parent."""
+TURNS = 1
+"""Steps towards the optimum of the relaxation of a node, from the point of its parent: more nodes prove more than more
+steps."""
 HALF = 0.5
 """Keep variable of a unit that is as undecided as can be."""
 
@@ -31,12 +32,14 @@ class Searched:
         value: Loss of the set.
         bound: Proved lower bound of the loss.
         nodes: Number of nodes.
+        flops: Approximate number of floating-point operations spent.
     """
 
     keep: Bools
     value: float
     bound: float
     nodes: int
+    flops: float
 
 
 @dataclass(order=True, frozen=True)
@@ -59,7 +62,7 @@ class _Node:
 
 
 def plane_bound(
-    loss: Loss,
+    loss: Relaxation,
     at: Floats,
     free: Bools,
     kept: Bools,
@@ -68,7 +71,7 @@ def plane_bound(
     """Bound the losses of sets by the tangent plane at a point.
 
     Args:
-        loss: Loss of the group.
+        loss: Relaxation of the loss for these sets.
         at: Keep variables in [0, 1] (units,).
         free: Units that may be kept (units,).
         kept: Units that are kept, a subset of the free ones (units,).
@@ -90,7 +93,7 @@ def search(
     first: Bools,
     *,
     relaxed: Floats,
-    nodes: int,
+    flops: float,
     gap: float,
     is_over: Callable[[], bool],
 ) -> Searched:
@@ -101,7 +104,7 @@ def search(
         free: Units that may be kept (units,).
         first: First set, a subset of the free units (units,); its size is that of all sets.
         relaxed: Point of the relaxation to begin with (units,).
-        nodes: Largest number of nodes.
+        flops: Floating-point operations that may be spent.
         gap: Gap relative to the loss at which to stop.
         is_over: Called before every branching; True ends the search.
 
@@ -109,22 +112,24 @@ def search(
         The best set, and the bound of all sets.
     """
     tree = _Tree(loss, first)
-    tree.add(free, np.zeros(len(free), bool), relaxed, bound=-np.inf)
-    while tree.open and tree.number < nodes and not is_over():
+    tree.add(loss, free, np.zeros(len(free), bool), relaxed, bound=-np.inf)
+    while tree.open and tree.flops < flops and not is_over():
         if tree.value - tree.open[0].bound <= gap * tree.value:
             break
         node = heapq.heappop(tree.open)
         for child_free, child_kept in _branches(node):
-            point = loss.relax(
+            relaxation = loss.between(child_free, child_kept)
+            point = relaxation.relax(
                 child_free,
                 tree.count,
                 TURNS,
                 kept=child_kept,
                 start=node.relaxed,
             )
-            tree.add(child_free, child_kept, point, bound=node.bound)
+            tree.flops += (TURNS + 1) * relaxation.flops
+            tree.add(relaxation, child_free, child_kept, point, bound=node.bound)
     bound = tree.open[0].bound if tree.open else tree.value
-    return Searched(tree.keep, tree.value, min(bound, tree.value), tree.number)
+    return Searched(tree.keep, tree.value, min(bound, tree.value), tree.number, tree.flops)
 
 
 class _Tree:
@@ -134,12 +139,14 @@ class _Tree:
         self.loss = loss
         self.count = int(first.sum())
         self.keep = first
-        self.value = loss_at(loss, first)
+        self.value = loss.value(first)
         self.open: list[_Node] = []
         self.number = 0
+        self.flops = 0.0
 
     def add(
         self,
+        relaxation: Relaxation,
         free: Bools,
         kept: Bools,
         relaxed: Floats,
@@ -148,6 +155,7 @@ class _Tree:
         """Round a node's point to a set, and keep the node if a better set may be in it.
 
         Args:
+            relaxation: Relaxation of the loss for the sets of the node.
             free: Units that may be kept (units,).
             kept: Units that are kept (units,).
             relaxed: Point of the relaxation (units,).
@@ -157,12 +165,12 @@ class _Tree:
         ranked = np.argsort(-np.where(free, relaxed, -1.0), kind="stable")
         rounded = np.zeros(len(free), bool)
         rounded[ranked[: self.count]] = True
-        value = loss_at(self.loss, rounded)
+        value = self.loss.value(rounded)
         if value < self.value:
             self.keep, self.value = rounded, value
         if int(kept.sum()) == self.count or int(free.sum()) == self.count:
             return  # the rounded set is the only one
-        bound = max(bound, plane_bound(self.loss, relaxed, free, kept, self.count))
+        bound = max(bound, plane_bound(relaxation, relaxed, free, kept, self.count))
         if bound < self.value:
             heapq.heappush(self.open, _Node(bound, self.number, free, kept, relaxed))
 

@@ -1,37 +1,29 @@
 """Loss of a group after its consumers were fitted again to the remaining units.
 
 ``min_V tr((W - V) C (W - V)') + r |V|^2`` with the ridge r, over the V whose columns of removed units are 0. Between
-sets, a diagonal D with ``C + r - D`` semidefinite has the perspective form of subset selection, here with a block of
-columns per unit and many outputs: ``sum_j D_j |V_j|^2 / s_j`` in place of ``sum_j D_j |V_j|^2``. Every such D gives the
-same losses of sets; the larger it is, the tighter is the relaxation. D is r at first, and ``sharpen`` enlarges it.
-
-Sources: Bertsimas and Van Parys, "Sparse high-dimensional regression", Annals of Statistics 48, 2020; Dong, Chen and
-Linderoth, "Regularization vs. relaxation: a conic optimization perspective of statistical variable selection", 2015.
+sets it is the perspective relaxation of every consumer (``perspective``), which ``sharpen`` tightens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import Bools, Floats, Ints
-from onnx_oamip.programs.diagonal_split import separable
+from onnx_oamip.programs.perspective import Perspective
+from onnx_oamip.programs.subset import STEP_OVERHEAD
 
-ABSENT = 1e-9
-"""Keep variables below this count as 0."""
 RELATIVE_TOLERANCE = 1e-9
 """Share of the worth of all units that an exchange must gain."""
-RIDGE_SHARE = 0.9
-"""Share of the ridge that the perspective part always contains. The rest keeps what is split definite."""
-TURNS_PER_ROUND = 16
-"""Turns of the alternating minimisation before every move of the perspective part."""
-SPLIT_ACCURACY = 1e-3
-"""Share of the largest perspective part that a search may miss."""
-MIN_WORTH = 1e-4
-"""Least worth of a column in a search, relative to the largest one."""
+SHARPENINGS = 6
+"""Rounds of the search for a tighter relaxation."""
+TURNS_PER_SHARPENING = 8
+"""Turns of the alternating minimisation before every round."""
+FLOPS_PER_SPLIT = 40
+"""Floating-point operations of the search for one diagonal, relative to the cube of its length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,30 +45,32 @@ class LinearConsumer:
     scale: float
 
 
-class Repaired:
-    """The loss after every consumer was fitted again: a sum over consumers.
+class Relaxation:
+    """Relaxed loss for the sets that contain some units and no others than some: a sum over consumers.
 
     Attributes:
-        consumers: Consumers of the group.
-        order: Order of removal to start from (units,), for example that of the optimal brain surgeon.
         diagonal: Zeros: no part of this loss is linear (units,).
-        flops: Approximate floating-point operations of one evaluation.
+        energy: Loss of the empty set.
+        parts: Relaxation of each consumer.
+        scales: Divisor of the loss of each consumer.
     """
 
-    def __init__(self, consumers: Sequence[LinearConsumer], order: Ints) -> None:
-        self.consumers = consumers
-        self.order = order
-        self.diagonal = np.zeros(len(consumers[0].columns))
-        flops: float = 0
-        for consumer in consumers:
-            outputs, d = consumer.weight.shape
-            flops += d**2 * (d / 3 + 4 * outputs)
-        self.flops = float(flops)
-        self._perspective = [np.full(c.weight.shape[1], c.ridge) for c in consumers]
-        self._cross = [c.weight @ c.covariance for c in consumers]
-        self._energy = []
-        for consumer, cross in zip(consumers, self._cross, strict=True):
-            self._energy.append(float(np.einsum("od,od->", cross, consumer.weight)))
+    def __init__(
+        self,
+        units: int,
+        energy: float,
+        parts: Sequence[Perspective],
+        scales: Sequence[float],
+    ) -> None:
+        self.diagonal = np.zeros(units)
+        self.energy = energy
+        self.parts = parts
+        self.scales = scales
+
+    @property
+    def flops(self) -> float:
+        """Approximate floating-point operations of one evaluation."""
+        return STEP_OVERHEAD + sum(part.flops for part in self.parts)
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
         """Evaluate the loss, which is convex as a whole.
@@ -87,14 +81,101 @@ class Repaired:
         Returns:
             Value and gradient (units,).
         """
-        value = 0.0
+        value = self.energy
         gradient = np.zeros(len(keep))
-        for fit, energy in zip(self._fits(keep), self._energy, strict=True):
-            consumer = fit.consumer
-            value += (energy - fit.explained) / consumer.scale
-            per_column = np.square(fit.residual()).sum(axis=0) / fit.perspective
-            gradient -= per_column[consumer.columns].sum(axis=1) / consumer.scale
+        for part, scale in zip(self.parts, self.scales, strict=True):
+            found = part.evaluate(keep)
+            value -= found.explained / scale
+            np.subtract.at(gradient, part.unit, found.slope / scale)
         return value, gradient
+
+    def between(self, free: Bools, kept: Bools) -> Relaxation:
+        """Restrict the relaxation to fewer sets.
+
+        Args:
+            free: Units that may be kept (units,).
+            kept: Units that are kept, a subset of the free ones (units,).
+
+        Returns:
+            The relaxation for these sets.
+        """
+        parts = [part.between(free, kept) for part in self.parts]
+        return Relaxation(len(free), self.energy, parts, self.scales)
+
+    def relax(
+        self,
+        free: Bools,
+        count: int,
+        steps: int,
+        *,
+        kept: Bools | None = None,
+        start: Floats | None = None,
+    ) -> Floats:
+        """Approximate the optimum of the relaxation by alternating minimisation.
+
+        In turns the best V for the keep variables and the best keep variables for that V, which share the count in
+        proportion to ``|V_j|``, none above 1.
+
+        Args:
+            free: Units that may be kept (units,).
+            count: Sum of the keep variables.
+            steps: Number of turns.
+            kept: Units that are kept in any case, a subset of the free ones (units,).
+            start: Keep variables to start from (units,), None for equal ones.
+
+        Returns:
+            Keep variables in [0, 1] (units,).
+        """
+        if kept is None:
+            kept = np.zeros(len(free), bool)
+        undecided, rest = free & ~kept, count - int(kept.sum())
+        keep = kept + _shares(np.ones(len(free)) if start is None else start, undecided, rest)
+        for _ in range(steps):
+            square = np.zeros(len(keep))
+            for part, scale in zip(self.parts, self.scales, strict=True):
+                np.add.at(square, part.unit, part.evaluate(keep).worth / scale)
+            keep = kept + _shares(np.sqrt(square), undecided, rest)
+        return keep
+
+
+class Repaired(Relaxation):
+    """The loss after every consumer was fitted again.
+
+    Attributes:
+        consumers: Consumers of the group.
+        order: Order of removal to start from (units,), for example that of the optimal brain surgeon.
+    """
+
+    def __init__(self, consumers: Sequence[LinearConsumer], order: Ints) -> None:
+        self.consumers = consumers
+        self.order = order
+        self._cross = [c.weight @ c.covariance for c in consumers]
+        self._whole = []
+        energy = 0.0
+        for consumer, cross in zip(consumers, self._cross, strict=True):
+            energy += float(np.vdot(cross, consumer.weight)) / consumer.scale
+            self._whole.append(_perspective(consumer, cross))
+        super().__init__(
+            len(consumers[0].columns),
+            energy,
+            self._whole,
+            [consumer.scale for consumer in consumers],
+        )
+
+    def value(self, keep: Bools) -> float:
+        """Evaluate the loss of a set, whatever sets the relaxation is for.
+
+        Args:
+            keep: Kept units (units,).
+
+        Returns:
+            Loss.
+        """
+        at = keep.astype(np.float64)
+        value = self.energy
+        for part, scale in zip(self._whole, self.scales, strict=True):
+            value -= part.evaluate(at).explained / scale
+        return value
 
     def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
         """Choose the last units of the order, then exchange units while that lowers the loss.
@@ -148,87 +229,36 @@ class Repaired:
         """
         return np.where(keep, -_total_worth(self._states(keep)), 0.0)
 
-    def sharpen(self, free: Bools, count: int, rounds: int) -> None:
-        """Enlarge the perspective part for the subsets of the free units; tangents then hold only for these.
-
-        In turns the optimum of the relaxation is approximated, and the perspective part moved towards the one that
-        raises it most there. The optimum is concave in D, with the derivative ``|V_j|^2 (1 / s_j - 1)``: these are
-        steps of the method of Frank and Wolfe.
-
-        Args:
-            free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            rounds: Number of moves.
-        """
-        keep = None
-        for move in range(rounds):
-            keep = self.relax(free, count, TURNS_PER_ROUND, start=keep)
-            self._enlarge(free, keep, step=2 / (move + 2))
-
-    def relax(
+    def sharpen(
         self,
         free: Bools,
         count: int,
-        steps: int,
-        *,
-        kept: Bools | None = None,
-        start: Floats | None = None,
-    ) -> Floats:
-        """Approximate the optimum of the relaxation by alternating minimisation.
+        flops: float,
+    ) -> float:
+        """Tighten the relaxation for the subsets of the free units; tangents then hold only for these.
 
-        In turns the best V for the keep variables and the best keep variables for that V, which share the count in
-        proportion to ``|V_j|``, none above 1.
+        The fits are divided into as many pieces as can be afforded. In turns the optimum of the relaxation is
+        approximated, and the perspective part of every piece enlarged there.
 
         Args:
             free: Units that may be kept (units,).
             count: Sum of the keep variables.
-            steps: Number of turns.
-            kept: Units that are kept in any case, a subset of the free ones (units,).
-            start: Keep variables to start from (units,), None for equal ones.
+            flops: Floating-point operations that may be spent.
 
         Returns:
-            Keep variables in [0, 1] (units,).
+            Approximate number of floating-point operations spent.
         """
-        if kept is None:
-            kept = np.zeros(len(free), bool)
-        weight = np.ones(len(free)) if start is None else start
-        keep = kept + _shares(weight, free & ~kept, count - int(kept.sum()))
-        return self._alternate(keep, free, kept, count, steps=steps)
-
-    def _alternate(
-        self,
-        keep: Floats,
-        free: Bools,
-        kept: Bools,
-        count: int,
-        *,
-        steps: int,
-    ) -> Floats:
-        for _ in range(steps):
-            square = np.zeros(len(keep))
-            for fit in self._fits(keep):
-                per_column = fit.perspective * fit.column_energy()
-                square += per_column[fit.consumer.columns].sum(axis=1) / fit.consumer.scale
-            keep = kept + _shares(np.sqrt(square), free & ~kept, count - int(kept.sum()))
-        return keep
-
-    def _enlarge(self, free: Bools, keep: Floats, step: float) -> None:
-        """Move every perspective part by a share of the way to the one that is best at these keep variables."""
-        for index, fit in enumerate(self._fits(keep)):
-            consumer = fit.consumer
-            columns = consumer.columns[free].reshape(-1)
-            share = np.maximum(fit.share[columns], ABSENT)
-            worth = fit.column_energy()[columns] * (1 / share - 1)
-            best = _largest_part(consumer, columns, worth)
-            current = self._perspective[index].copy()
-            current[columns] += step * (best - current[columns])
-            self._perspective[index] = current
-
-    def _fits(self, keep: Floats) -> Iterator[_Fit]:
-        for consumer, cross, part in zip(
-            self.consumers, self._cross, self._perspective, strict=True
-        ):
-            yield _fit(consumer, cross, part, keep)
+        none = np.zeros(len(free), bool)
+        parts = [part.between(free, none) for part in self._whole]
+        pieces = int(flops / (SHARPENINGS * _sharpening_flops(parts)))
+        self.parts = [part.divided(pieces) for part in parts]
+        each = _sharpening_flops(self.parts)
+        rounds = min(SHARPENINGS, int(flops / each))
+        keep = None
+        for move in range(rounds):
+            keep = self.relax(free, count, TURNS_PER_SHARPENING, start=keep)
+            self.parts = [part.enlarged(keep, step=2 / (move + 2)) for part in self.parts]
+        return rounds * each
 
     def _states(self, kept: Bools) -> list[_SweptConsumer]:
         pairs = zip(self.consumers, self._cross, strict=True)
@@ -322,88 +352,31 @@ def _shares(weight: Floats, free: Bools, count: int) -> Floats:
     return np.clip(keep, 0.0, 1.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """The best V of one consumer for some keep variables.
-
-    Attributes:
-        consumer: The consumer.
-        cross: ``W C`` (outputs, d).
-        perspective: Diagonal D (d,).
-        share: Keep variable of each column (d,), 1 for columns of no unit.
-        present: Columns with a positive share.
-        fitted: V (outputs, present columns).
-    """
-
-    consumer: LinearConsumer
-    cross: Floats
-    perspective: Floats
-    share: Floats
-    present: Ints
-    fitted: Floats
-
-    @property
-    def explained(self) -> float:
-        """Amount by which V lowers the loss."""
-        return float(np.einsum("od,od->", self.cross[:, self.present], self.fitted))
-
-    def column_energy(self) -> Floats:
-        """``|V_j|^2`` of every column (d,)."""
-        energy = np.zeros(len(self.share))
-        energy[self.present] = np.square(self.fitted).sum(axis=0)
-        return energy
-
-    def residual(self) -> Floats:
-        """``W C - V (C + r - D)`` (outputs, d): the gain that every column, present or not, can still contribute."""
-        residual = self.cross - self.fitted @ self.consumer.covariance[self.present]
-        rest = self.consumer.ridge - self.perspective[self.present]
-        residual[:, self.present] -= self.fitted * rest
-        return residual
+def _perspective(consumer: LinearConsumer, cross: Floats) -> Perspective:
+    """Relaxation of one consumer with the ridge as its perspective part; columns of no unit are swept out."""
+    units = len(consumer.columns)
+    unit = np.full(consumer.weight.shape[1], units)
+    unit[consumer.columns] = np.arange(units)[:, None]
+    matrix = consumer.covariance.copy()
+    matrix[np.diag_indices_from(matrix)] += consumer.ridge
+    whole = Perspective(
+        matrix=matrix,
+        rows=cross,
+        piece=np.zeros(len(cross), np.int64),
+        diagonals=np.full((1, len(matrix)), consumer.ridge),
+        unit=unit,
+        label=np.zeros(len(matrix), np.int64),
+        constant=0.0,
+        ridge=consumer.ridge,
+    )
+    always = np.arange(units + 1) == units
+    return whole.between(np.ones(units + 1, bool), always)
 
 
-def _fit(
-    consumer: LinearConsumer,
-    cross: Floats,
-    perspective: Floats,
-    keep: Floats,
-) -> _Fit:
-    """``V = W C S (S (C + r - D) S + D)^-1 S`` with S the root of the shares."""
-    share = np.ones(consumer.weight.shape[1])
-    share[consumer.columns] = keep[:, None]
-    present = np.flatnonzero(share > ABSENT)
-    if not len(present):
-        nothing = np.zeros((len(cross), 0))
-        return _Fit(consumer, cross, perspective, share, present, nothing)
-    root = np.sqrt(share[present])
-    part = perspective[present]
-    loaded = consumer.covariance[np.ix_(present, present)] * np.outer(root, root)
-    loaded[np.diag_indices_from(loaded)] += share[present] * (consumer.ridge - part) + part
-    factor = cho_factor(loaded, overwrite_a=True, check_finite=False)
-    solved = cho_solve(factor, (cross[:, present] * root).T)
-    fitted = np.asarray(solved, np.float64).T * root
-    return _Fit(consumer, cross, perspective, share, present, fitted)
-
-
-def _largest_part(
-    consumer: LinearConsumer,
-    columns: Ints,
-    worth: Floats,
-) -> Floats:
-    """The diagonal D (columns,) of greatest worth that leaves ``C + r - D`` semidefinite.
-
-    Columns of no unit are always present, so what they explain of the others does not count; other columns are absent.
-    """
-    always = np.ones(consumer.weight.shape[1], bool)
-    always[consumer.columns.reshape(-1)] = False
-    kept_ridge = RIDGE_SHARE * consumer.ridge
-    rest = consumer.covariance[np.ix_(columns, columns)].copy()
-    if always.any():
-        inner = consumer.covariance[np.ix_(always, always)].copy()
-        inner[np.diag_indices_from(inner)] += consumer.ridge
-        between = consumer.covariance[np.ix_(always, columns)]
-        factor = cho_factor(inner, overwrite_a=True, check_finite=False)
-        rest -= between.T @ cho_solve(factor, between, check_finite=False)
-    rest[np.diag_indices_from(rest)] += consumer.ridge - kept_ridge
-    least = MIN_WORTH * max(float(worth.max(initial=0.0)), 1e-300)
-    worth = np.maximum(worth, least)
-    return kept_ridge + separable(rest, worth, accuracy=SPLIT_ACCURACY)
+def _sharpening_flops(parts: Sequence[Perspective]) -> float:
+    """Floating-point operations of one round of ``Repaired.sharpen``."""
+    total = STEP_OVERHEAD
+    for part in parts:
+        pieces, d = part.diagonals.shape
+        total += TURNS_PER_SHARPENING * part.flops + FLOPS_PER_SPLIT * pieces * d**3
+    return total

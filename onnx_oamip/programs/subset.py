@@ -25,20 +25,25 @@ QUADRATIC_STEPS = 20
 factorisations."""
 RELATIVE_TOLERANCE = 1e-12
 """Share of a matrix's diagonal that counts as 0."""
+STEP_OVERHEAD = 2e6
+"""Floating-point operations that take as long as the interpreter's part of one step of ``relax``."""
 
 
-class Loss(Protocol):
-    """A convex loss over keep variables (units,), never negative.
+class Relaxation(Protocol):
+    """A convex function over keep variables (units,) that is never above the loss, and equal to it for binary ones.
 
     For binary keep variables the loss is ``convex part + diagonal' (1 - s)``.
 
     Attributes:
         diagonal: Part of the loss that is linear in ``1 - s`` (units,).
-        flops: Approximate floating-point operations of one evaluation.
     """
 
     diagonal: Floats
-    flops: float
+
+    @property
+    def flops(self) -> float:
+        """Approximate floating-point operations of one step of ``relax``."""
+        ...
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
         """Evaluate the convex part.
@@ -51,37 +56,15 @@ class Loss(Protocol):
         """
         ...
 
-    def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
-        """Choose a subset by greedy removal and then exchanges.
-
-        Args:
-            keep: Units to choose from (units,).
-            count: Number of units to keep.
-            steps: Largest number of exchanges.
-
-        Returns:
-            The chosen units (units,).
-        """
-        ...
-
-    def removal_costs(self, keep: Bools) -> Floats:
-        """Compute the cost of removing each kept unit alone.
-
-        Args:
-            keep: Kept units (units,).
-
-        Returns:
-            Increase of the loss (units,), 0 for units that are not kept.
-        """
-        ...
-
-    def sharpen(self, free: Bools, count: int, rounds: int) -> None:
-        """Tighten the relaxation for the subsets of the free units. Later tangents hold for these only.
+    def between(self, free: Bools, kept: Bools) -> Relaxation:
+        """Restrict the relaxation to fewer sets.
 
         Args:
             free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            rounds: Largest number of rounds of the search for a tighter one.
+            kept: Units that are kept, a subset of the free ones (units,).
+
+        Returns:
+            A relaxation for these sets, which may be tighter and cheaper.
         """
         ...
 
@@ -109,18 +92,61 @@ class Loss(Protocol):
         ...
 
 
-def loss_at(loss: Loss, keep: Bools) -> float:
-    """Evaluate the loss of a set.
+class Loss(Relaxation, Protocol):
+    """A loss of sets of units, never negative, with a convex relaxation and a search for good sets."""
 
-    Args:
-        loss: Loss to evaluate.
-        keep: Kept units (units,).
+    def value(self, keep: Bools) -> float:
+        """Evaluate the loss of a set, whatever sets the relaxation is for.
 
-    Returns:
-        Value of the loss.
-    """
-    value, _ = loss.convex(keep.astype(np.float64))
-    return value + float(loss.diagonal[~keep].sum())
+        Args:
+            keep: Kept units (units,).
+
+        Returns:
+            Loss.
+        """
+        ...
+
+    def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
+        """Choose a subset by greedy removal and then exchanges.
+
+        Args:
+            keep: Units to choose from (units,).
+            count: Number of units to keep.
+            steps: Largest number of exchanges.
+
+        Returns:
+            The chosen units (units,).
+        """
+        ...
+
+    def removal_costs(self, keep: Bools) -> Floats:
+        """Compute the cost of removing each kept unit alone.
+
+        Args:
+            keep: Kept units (units,).
+
+        Returns:
+            Increase of the loss (units,), 0 for units that are not kept.
+        """
+        ...
+
+    def sharpen(
+        self,
+        free: Bools,
+        count: int,
+        flops: float,
+    ) -> float:
+        """Tighten the relaxation for the subsets of the free units. Later tangents hold for these only.
+
+        Args:
+            free: Units that may be kept (units,).
+            count: Sum of the keep variables.
+            flops: Floating-point operations that may be spent.
+
+        Returns:
+            Approximate number of floating-point operations spent.
+        """
+        ...
 
 
 class Quadratic:
@@ -132,13 +158,16 @@ class Quadratic:
     Attributes:
         matrix: Q, made symmetric (units, units).
         diagonal: Diagonal that is split off (units,).
-        flops: Approximate floating-point operations of one evaluation.
     """
 
     def __init__(self, matrix: Floats) -> None:
         self.matrix = (matrix + matrix.T) / 2
         self.diagonal = separable(self.matrix)
-        self.flops = 2.0 * self.matrix.size
+
+    @property
+    def flops(self) -> float:
+        """Approximate floating-point operations of one step of ``relax``."""
+        return STEP_OVERHEAD + QUADRATIC_STEPS * 2.0 * self.matrix.size
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
         """Evaluate the convex part.
@@ -152,6 +181,18 @@ class Quadratic:
         removed = 1.0 - keep
         product = self.matrix @ removed - self.diagonal * removed
         return float(removed @ product), -2.0 * product
+
+    def value(self, keep: Bools) -> float:
+        """Evaluate the loss of a set.
+
+        Args:
+            keep: Kept units (units,).
+
+        Returns:
+            Loss.
+        """
+        removed = np.flatnonzero(~keep)
+        return float(self.matrix[np.ix_(removed, removed)].sum())
 
     def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
         """Choose a subset by least joint loss, then by steepest exchanges.
@@ -202,14 +243,35 @@ class Quadratic:
         joint = self.matrix @ (~keep).astype(np.float64)
         return np.where(keep, np.diagonal(self.matrix) + 2 * joint, 0.0)
 
-    def sharpen(self, free: Bools, count: int, rounds: int) -> None:
+    def sharpen(
+        self,
+        free: Bools,  # noqa: ARG002
+        count: int,  # noqa: ARG002
+        flops: float,  # noqa: ARG002
+    ) -> float:
         """Leave the relaxation as it is: the diagonal was split off at the start, for all sets.
 
         Args:
             free: Units that may be kept (units,).
             count: Sum of the keep variables.
-            rounds: Without effect.
+            flops: Without effect.
+
+        Returns:
+            0.
         """
+        return 0.0
+
+    def between(self, free: Bools, kept: Bools) -> Relaxation:  # noqa: ARG002
+        """Leave the relaxation as it is: it holds for all sets.
+
+        Args:
+            free: Units that may be kept (units,).
+            kept: Units that are kept (units,).
+
+        Returns:
+            This loss.
+        """
+        return self
 
     def relax(
         self,

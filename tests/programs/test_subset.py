@@ -23,9 +23,9 @@ from onnx_oamip.programs.solvers import BACKENDS, SolverLimits, solve
 from onnx_oamip.programs.subset import (
     Loss,
     Quadratic,
+    Relaxation,
     Subset,
     _project,
-    loss_at,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -33,6 +33,10 @@ SOLVERS = [
     pytest.param(n, marks=pytest.mark.skipif(not b.licence().usable, reason="no licence"))
     for n, b in BACKENDS.items()
 ]
+
+
+PLENTY = 1e12
+"""Floating-point operations that no small program needs."""
 
 
 def matrix(rng: np.random.Generator, units: int, rank: int | None = None, dead: int = 0) -> Floats:
@@ -112,7 +116,7 @@ def sets(free: Bools, count: int) -> Iterator[Bools]:
 
 
 def least(loss: Loss, free: Bools, count: int) -> float:
-    return min(loss_at(loss, keep) for keep in sets(free, count))
+    return min(loss.value(keep) for keep in sets(free, count))
 
 
 def plane(loss: Loss, at: Floats, free: Bools, count: int) -> float:
@@ -122,7 +126,7 @@ def plane(loss: Loss, at: Floats, free: Bools, count: int) -> float:
     return float(value - gradient @ at + loss.diagonal.sum() + slope[:count].sum())
 
 
-def whole(loss: Loss, keep: Floats) -> float:
+def whole(loss: Relaxation, keep: Floats) -> float:
     """The loss between sets: what the relaxation minimises."""
     return loss.convex(keep)[0] + float(loss.diagonal @ (1 - keep))
 
@@ -145,7 +149,7 @@ def test_quadratic_is_the_form(seed: int, units: int, thin: bool, dead: int) -> 
     for _ in range(5):
         keep = rng.random(units) < 0.5
         gone = (~keep).astype(np.float64)
-        assert loss_at(loss, keep) == pytest.approx(float(gone @ q @ gone), abs=1e-12 * size)
+        assert loss.value(keep) == pytest.approx(float(gone @ q @ gone), abs=1e-12 * size)
         assert whole(loss, keep.astype(np.float64)) == pytest.approx(
             float(gone @ q @ gone), abs=1e-12 * size
         )
@@ -230,7 +234,7 @@ def _greedy(loss: Loss, keep: Bools, count: int) -> Bools:
         for unit in np.flatnonzero(stays):
             trial = stays.copy()
             trial[unit] = False
-            losses.append(loss_at(loss, trial))
+            losses.append(loss.value(trial))
         stays[np.flatnonzero(stays)[int(np.argmin(losses))]] = False
     return stays
 
@@ -249,14 +253,14 @@ def test_quadratic_narrow_is_locally_optimal(seed: int) -> None:
         found = loss.narrow(keep, count, 8)
         assert found.sum() == count
         assert not (found & ~keep).any()
-        reached, best = loss_at(loss, found), least(loss, keep, count)
-        assert reached <= loss_at(loss, first) * (1 + 1e-12)
+        reached, best = loss.value(found), least(loss, keep, count)
+        assert reached <= loss.value(first) * (1 + 1e-12)
         assert best * (1 - 1e-12) <= reached <= 1.25 * best
         for on in np.flatnonzero(found):
             for off in np.flatnonzero(keep & ~found):
                 other = found.copy()
                 other[on], other[off] = False, True
-                assert loss_at(loss, other) >= reached - 1e-11
+                assert loss.value(other) >= reached - 1e-11
 
 
 @given(SEEDS)
@@ -270,7 +274,7 @@ def test_quadratic_narrow_is_exact_where_units_are_far_apart(seed: int) -> None:
     loss = Quadratic(q)
     for count in range(1, 9):
         found = loss.narrow(everything(9), count, 4)
-        assert loss_at(loss, found) == pytest.approx(least(loss, everything(9), count), rel=1e-12)
+        assert loss.value(found) == pytest.approx(least(loss, everything(9), count), rel=1e-12)
         assert set(np.flatnonzero(found)) == set(np.argsort(size)[9 - count :])
 
 
@@ -295,11 +299,11 @@ def test_costs_are_differences(seed: int, units: int) -> None:
     keep = rng.random(units) < 0.7
     for loss in (Quadratic(matrix(rng, units)), repaired("several", seed, units)):
         found = loss.removal_costs(keep)
-        here = loss_at(loss, keep)
+        here = loss.value(keep)
         for unit in range(units):
             less = keep.copy()
             less[unit] = False
-            assert found[unit] == pytest.approx(loss_at(loss, less) - here, abs=1e-9)
+            assert found[unit] == pytest.approx(loss.value(less) - here, abs=1e-9)
         assert not found[~keep].any()
 
 
@@ -364,15 +368,15 @@ def test_repaired_is_ridge_regression(kind: str, ridge: float) -> None:
             expected = least_squares(loss.consumers, keep.astype(np.float64))
             assert loss.convex(keep.astype(np.float64))[0] == pytest.approx(expected, rel=1e-8)
         some = rng.random(6) < 0.5
-        assert loss_at(loss, some) == pytest.approx(
+        assert loss.value(some) == pytest.approx(
             least_squares(loss.consumers, some.astype(np.float64)), rel=1e-8
         )
 
 
 def test_empty_repaired_set_loses_the_whole_variance() -> None:
     loss = repaired("one consumer", 0, 5)
-    assert loss_at(loss, np.zeros(5, bool)) == pytest.approx(1.0, rel=1e-12)
-    losses = [loss_at(loss, np.arange(5) < n) for n in range(6)]
+    assert loss.value(np.zeros(5, bool)) == pytest.approx(1.0, rel=1e-12)
+    losses = [loss.value(np.arange(5) < n) for n in range(6)]
     assert (np.diff(losses) < 0).all()  # every unit gives something
 
 
@@ -454,7 +458,7 @@ def test_unit_worth_is_a_loss_difference_and_sweeps_are_reversible(held: int) ->
             np.testing.assert_allclose(
                 state.table, state.table.T, rtol=0, atol=1e-8 * float(np.abs(table).max())
             )
-        assert loss_at(loss, stays) == pytest.approx(here, rel=1e-8)
+        assert loss.value(stays) == pytest.approx(here, rel=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -469,7 +473,7 @@ def test_repaired_narrow_is_locally_optimal(kind: str, seed: int) -> None:
         first = loss.narrow(keep, count, 0)
         ordered = [u for u in loss.order.tolist() if keep[u]]
         assert set(np.flatnonzero(first)) == set(ordered[len(ordered) - count :])
-        losses = [loss_at(loss, loss.narrow(keep, count, turns)) for turns in (0, 1, 2, 4, 64)]
+        losses = [loss.value(loss.narrow(keep, count, turns)) for turns in (0, 1, 2, 4, 64)]
         assert (np.diff(losses) <= 1e-12).all()
         assert losses[-1] >= least(loss, keep, count) * (1 - 1e-9)
         # Nothing to take.
@@ -491,8 +495,8 @@ def test_repaired_narrow_is_near_the_best_set() -> None:
             greedy = Repaired(loss.consumers, np.asarray(order))
             for count in (5, 3, 2):
                 best = least(loss, everything(8), count)
-                informed.append(loss_at(loss, greedy.narrow(everything(8), count, 64)) / best)
-                chance.append(loss_at(loss, loss.narrow(everything(8), count, 64)) / best)
+                informed.append(loss.value(greedy.narrow(everything(8), count, 64)) / best)
+                chance.append(loss.value(loss.narrow(everything(8), count, 64)) / best)
     assert max(informed) < 2
     assert np.mean(informed) < 1.1
     assert np.mean(np.asarray(informed) < 1 + 1e-9) > 0.6
@@ -550,7 +554,7 @@ def test_sharpened_relaxation_bounds_every_set_more_tightly(kind: str, seed: int
     free[np.random.default_rng(seed).permutation(8)[: 2 * seed]] = False
     best = least(loss, free, 3)
     before = plane(loss, loss.relax(free, 3, 200), free, 3)
-    loss.sharpen(free, 3, 4)
+    assert 0 < loss.sharpen(free, 3, PLENTY) <= PLENTY
     relaxed = loss.relax(free, 3, 200)
     bound = plane(loss, relaxed, free, 3)
     assert bound <= whole(loss, relaxed) + 1e-12
@@ -559,7 +563,7 @@ def test_sharpened_relaxation_bounds_every_set_more_tightly(kind: str, seed: int
     value, gradient = loss.convex(relaxed)
     for keep in sets(free, 3):
         exact = least_squares(loss.consumers, keep.astype(np.float64))
-        assert loss_at(loss, keep) == pytest.approx(exact, rel=1e-8)
+        assert loss.value(keep) == pytest.approx(exact, rel=1e-8)
         assert exact >= value + gradient @ (keep - relaxed) - 1e-9
 
 
@@ -572,7 +576,7 @@ def test_sharpened_relaxation_of_uncorrelated_units_is_exact() -> None:
     loss = Repaired([one], np.arange(9))
     best = least(loss, everything(9), 4)
     before = plane(loss, loss.relax(everything(9), 4, 50), everything(9), 4)
-    loss.sharpen(everything(9), 4, 3)
+    loss.sharpen(everything(9), 4, PLENTY)
     after = plane(loss, loss.relax(everything(9), 4, 50), everything(9), 4)
     assert before < 0.1 * best
     assert after == pytest.approx(best, rel=0.02)
@@ -585,7 +589,7 @@ def test_sharpened_loss_is_convex(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
     loss = repaired(kind, seed % 97, 5)
     free = rng.permutation(5) < 4
-    loss.sharpen(free, 2, 2)
+    loss.sharpen(free, 2, PLENTY)
     here, there = (free * np.clip(rng.normal(0.5, 0.6, 5), 0, 1) for _ in range(2))
     (a, slope), (b, _) = loss.convex(here), loss.convex(there)
     for t in (0.1, 0.5, 0.8):
@@ -649,7 +653,7 @@ def outer(
 ) -> tuple[Bools, float, float]:
     """(best set, its loss, proven bound): planes at all that is found, until the bound meets the loss."""
     best = subset.loss.narrow(free, count, 0)
-    value, bound = loss_at(subset.loss, best), -np.inf
+    value, bound = subset.loss.value(best), -np.inf
     subset.tangent(subset.loss.relax(free, count, 8))
     subset.tangent(best.astype(np.float64))
     for _ in range(rounds):
@@ -662,8 +666,8 @@ def outer(
         keep = solution.values[:-1] > 0.5
         assert keep.sum() == count
         assert not (keep & ~free).any()
-        if loss_at(subset.loss, keep) < value:
-            best, value = keep, loss_at(subset.loss, keep)
+        if subset.loss.value(keep) < value:
+            best, value = keep, subset.loss.value(keep)
         if value - bound <= 1e-6:
             break
         subset.tangent(keep.astype(np.float64))
@@ -714,7 +718,7 @@ def test_cutting_planes_hold_for_every_set(name: str) -> None:
             assert (rows >= program.row_lower - 1e-9).all()
             assert (rows <= program.row_upper + 1e-9).all()
             assert program.objective @ point + program.offset == pytest.approx(
-                loss_at(loss, keep), abs=1e-12
+                loss.value(keep), abs=1e-12
             )
             for row, at in enumerate(points, 1):
                 if np.array_equal(at, one):
@@ -744,7 +748,7 @@ def test_start_and_relaxation_are_consistent(name: str, solver: str) -> None:
     # Not a single node: what comes back is at least as good as the start, on the planes there are.
     hurried = solve(program, SolverLimits(time_s=20, gap=1e-9, nodes=1), solver)
     assert hurried.objective is not None
-    assert hurried.objective <= loss_at(loss, start) + 1e-7
+    assert hurried.objective <= loss.value(start) + 1e-7
     loose = subset.program(free, 3, None)
     assert loose.start is None
     assert not loose.integer.any()
@@ -765,13 +769,19 @@ def test_separable_part_does_not_depend_on_the_scale_of_its_worth(scale: float) 
 # ------------------------------------------------------------------------------------------------ branch and bound
 
 
-def searched(loss: Loss, free: Bools, count: int, nodes: int, gap: float = 0.0) -> Searched:
+def searched(
+    loss: Loss,
+    free: Bools,
+    count: int,
+    flops: float = PLENTY,
+    gap: float = 0.0,
+) -> Searched:
     return search(
         loss,
         free,
         loss.narrow(free, count, 0),
         relaxed=loss.relax(free, count, 8),
-        nodes=nodes,
+        flops=flops,
         gap=gap,
         is_over=lambda: False,
     )
@@ -784,10 +794,10 @@ def test_search_finds_the_best_set_and_proves_it(name: str, seed: int) -> None:
     free = everything(7)
     free[: 2 * seed] = False
     best = least(loss, free, 3)
-    found = searched(loss, free, 3, nodes=1_000)
+    found = searched(loss, free, 3)
     assert found.keep.sum() == 3
     assert not (found.keep & ~free).any()
-    assert loss_at(loss, found.keep) == pytest.approx(found.value, rel=1e-12)
+    assert loss.value(found.keep) == pytest.approx(found.value, rel=1e-12)
     assert found.value == pytest.approx(best, rel=1e-9)
     assert found.bound == pytest.approx(best, rel=1e-9)
     # No more nodes than there are sets, each of which ends at most one branch, and their parents.
@@ -795,14 +805,15 @@ def test_search_finds_the_best_set_and_proves_it(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_bound_of_a_search_rises_with_its_nodes(name: str) -> None:
+def test_bound_of_a_search_rises_with_its_operations(name: str) -> None:
     loss = losses_of(3)[name]
     free = everything(7)
     best = least(loss, free, 3)
     bounds = []
-    for nodes in (1, 3, 7, 15, 1_000):
-        found = searched(loss, free, 3, nodes)
-        assert found.nodes <= nodes + 1
+    for flops in (0.0, 1e7, 4e7, PLENTY):
+        found = searched(loss, free, 3, flops)
+        # The last branching may spend more than is left, on two nodes.
+        assert found.flops <= flops + 4 * loss.flops
         assert found.bound <= best * (1 + 1e-9)
         assert found.value >= best * (1 - 1e-9)
         bounds.append(found.bound)
@@ -811,7 +822,19 @@ def test_bound_of_a_search_rises_with_its_nodes(name: str) -> None:
     assert bounds[-1] == pytest.approx(best, rel=1e-9)
     # Without repair the split diagonal makes the relaxation nearly exact.
     assert bounds[-1] > bounds[0] or name == "quadratic"
-    assert searched(loss, free, 3, 1_000, gap=1.0).nodes == 1
+    assert searched(loss, free, 3, gap=1.0).nodes == 1
+
+
+@pytest.mark.parametrize("name", ["repaired", "repaired blocks"])
+def test_sharpened_relaxation_needs_fewer_nodes(name: str) -> None:
+    """The same set, proved to be best, from fewer nodes."""
+    plain, sharp = losses_of(4)[name], losses_of(4)[name]
+    sharp.sharpen(everything(7), 3, PLENTY)
+    before, after = (searched(loss, everything(7), 3, gap=0.05) for loss in (plain, sharp))
+    best = least(plain, everything(7), 3)
+    for found in (before, after):
+        assert 0.95 * found.value <= found.bound <= best <= found.value
+    assert after.nodes < before.nodes
 
 
 def test_search_ends_when_it_is_told() -> None:
@@ -823,7 +846,7 @@ def test_search_ends_when_it_is_told() -> None:
         everything(7),
         first,
         relaxed=loss.relax(everything(7), 3, 8),
-        nodes=1_000,
+        flops=PLENTY,
         gap=0.0,
         is_over=lambda: next(answers),
     )
@@ -843,7 +866,12 @@ def test_relaxation_with_kept_units_bounds_the_sets_that_contain_them(name: str)
         assert found[2] == 1
         assert found[6] == 0
         assert found.sum() == pytest.approx(4, rel=1e-9)
-        best = min(loss_at(loss, keep) for keep in sets(free, 4) if keep[2])
+        best = min(loss.value(keep) for keep in sets(free, 4) if keep[2])
         bound = plane_bound(loss, found, free, kept, 4)
         assert bound <= min(best, whole(loss, found)) + 1e-12
         assert bound >= 0.2 * best
+        # Restricted to the node, the relaxation has the same value there, and as valid a bound.
+        restricted = loss.between(free, kept)
+        assert whole(restricted, found) == pytest.approx(whole(loss, found), rel=1e-9)
+        own = plane_bound(restricted, found, free, kept, 4)
+        assert bound - 1e-12 <= own <= best + 1e-12

@@ -51,7 +51,6 @@ from onnx_oamip.programs.subset import (
     Loss,
     Quadratic,
     Subset,
-    loss_at,
 )
 from onnx_oamip.statistics.layer_problems import (
     TINY,
@@ -71,20 +70,14 @@ MAX_SEARCH_STEPS = 64
 """Steps of the search for the first point of one share."""
 MAX_RELAX_STEPS = 32
 """Steps of the search for the optimum of the relaxation of one share."""
-MAX_SHARPENINGS = 4
-"""Rounds of the search for a tighter relaxation of one share."""
-EVALUATIONS_PER_SHARPENING = 50
-"""Evaluations of the loss that take as long as one round."""
-FLOPS_PER_GROUP = 1e11
+FLOPS_PER_GROUP = 5e10
 """Approximate floating-point operations for the losses of one group. Wide groups get fewer solves and search steps; the
-numbers do not depend on the machine."""
+numbers do not depend on the machine. What one share leaves is for the narrower ones."""
+SHARPENING_SHARE = 0.4
+"""Part of the operations of one share that may tighten its relaxation. The search takes what is left."""
 RELATIVE_GAP = 0.01
 MAX_NODES = 1_000
 """Branch-and-bound nodes of one solve."""
-NODES_PER_UNIT = 3
-"""Nodes of the search on the relaxation for one share, for each unit of the group."""
-EVALUATIONS_PER_NODE = 12
-"""Evaluations of the loss that are allowed for each of these nodes: they take half of them."""
 MAX_LISTED_GROUPS = 3
 """Groups that a note lists by name."""
 MIN_SCALE = 1e-30
@@ -218,15 +211,15 @@ def _solve_group(
     deadline = began + settings.time_limit
     order, _ = obs.eliminate(consumers, units)
     loss = _loss(consumers, settings.refit, order)
-    evaluations = FLOPS_PER_GROUP / (len(KEPT_SHARES) * loss.flops)
+    flops = FLOPS_PER_GROUP
     subset = Subset(loss, units)
     keep = np.ones(units, bool)
-    loss_of_all = loss_at(loss, keep)
+    loss_of_all = loss.value(keep)
     values = np.zeros(units)
     level = 0.0
     removed: list[Ints] = []
     steps: list[_Step] = []
-    for share in (*KEPT_SHARES, 0.0):
+    for index, share in enumerate((*KEPT_SHARES, 0.0)):
         count = max(1, round(share * units)) if share else 0
         if count >= keep.sum():
             continue
@@ -240,13 +233,14 @@ def _solve_group(
                 start,
                 settings,
                 name,
-                evaluations=evaluations,
+                flops=flops * _part_of_rest(index),
                 deadline=deadline,
             )
+            flops -= step.flops
             steps.append(step)
             kept = step.keep
         dropped = np.flatnonzero(keep & ~kept)
-        relative_loss = (loss_at(loss, kept) - loss_of_all) / len(consumers)
+        relative_loss = (loss.value(kept) - loss_of_all) / len(consumers)
         next_level = max(level, min(1.0, relative_loss))
         # Units that are removed together get scores between the two levels, the cheapest unit first.
         ranked = dropped[np.argsort(loss.removal_costs(keep)[dropped], kind="stable")]
@@ -266,6 +260,11 @@ def _solve_group(
         other_moments = _exchange_scores(_quadratic(consumers, settings.refit == "none"))
     record = _record(name, subset, steps, time.perf_counter() - began)
     return _GroupResult(values, surgeon, other_moments, record)
+
+
+def _part_of_rest(index: int) -> float:
+    """Part of the remaining operations for the share of an index: narrower shares, whose gaps are wider, get more."""
+    return (index + 1) / sum(range(index + 1, len(KEPT_SHARES) + 1))
 
 
 def _exchange_scores(loss: Quadratic) -> Floats:
@@ -348,6 +347,7 @@ class _Step:
         keep: Best set (units,).
         value: Loss of the set.
         bound: Proved lower bound of the loss.
+        flops: Approximate number of floating-point operations spent.
         solution: Last solution of the program, or None if it was not solved.
         improved: True if the set is better than the first point.
     """
@@ -355,6 +355,7 @@ class _Step:
     keep: Bools
     value: float
     bound: float
+    flops: float
     solution: Solution | None
     improved: bool
     solution_read: bool
@@ -369,14 +370,14 @@ class _Incumbent:
         self.free = free
         self.count = int(start.sum())
         self.keep = start
-        self.value = loss_at(loss, start)
+        self.value = loss.value(start)
 
     def offer(self, weights: Floats) -> bool:
         """Take the units of largest weight among the free ones if their loss is lower; True if they are taken."""
         ranked = np.argsort(-np.where(self.free, weights, -1.0), kind="stable")
         trial = np.zeros(len(weights), bool)
         trial[ranked[: self.count]] = True
-        value = loss_at(self.loss, trial)
+        value = self.loss.value(trial)
         is_better = bool(value < self.value)
         if is_better:
             self.keep, self.value = trial, value
@@ -390,7 +391,7 @@ def _improve(
     settings: Settings,
     name: str,
     *,
-    evaluations: float,
+    flops: float,
     deadline: float,
 ) -> _Step:
     """Improve a set by outer approximation, then by branch and bound on the relaxation.
@@ -404,7 +405,7 @@ def _improve(
         start: First set, a subset of the free units (units,).
         settings: Solver and seed.
         name: Name of the group.
-        evaluations: Evaluations of the loss that may be spent.
+        flops: Floating-point operations that may be spent.
         deadline: Time at which to stop, by ``time.perf_counter``.
     """
     loss = subset.loss
@@ -415,10 +416,11 @@ def _improve(
     taken = proposed is not None and best.offer(proposed)
     bound = 0.0
     last: Solution | None = None
-    rounds = int(min(MAX_SHARPENINGS, evaluations / EVALUATIONS_PER_SHARPENING))
-    loss.sharpen(free, best.count, rounds)
+    spent = loss.sharpen(free, best.count, SHARPENING_SHARE * flops)
+    evaluations = flops / loss.flops
     relax_steps = int(min(MAX_RELAX_STEPS, max(2, evaluations / 3)))
     relaxed = loss.relax(free, best.count, relax_steps)
+    spent += relax_steps * loss.flops
     best.offer(relaxed)
     subset.tangent(relaxed)
     subset.tangent(best.keep.astype(np.float64))
@@ -451,12 +453,13 @@ def _improve(
             free,
             best.keep,
             relaxed=relaxed,
-            nodes=int(min(NODES_PER_UNIT * subset.units, evaluations / EVALUATIONS_PER_NODE)),
+            flops=flops - spent,
             gap=RELATIVE_GAP,
             is_over=lambda: time.perf_counter() >= deadline,
         )
         best.offer(searched.keep.astype(np.float64))
         bound = max(bound, searched.bound)
+        spent += searched.flops
     file.write(
         lambda: subset.program(free, best.count, best.keep),
         lambda: [*columns, "loss"],
@@ -465,6 +468,7 @@ def _improve(
         keep=best.keep,
         value=best.value,
         bound=min(bound, best.value),
+        flops=spent,
         solution=last,
         improved=best.keep is not start,
         solution_read=proposed is not None,
