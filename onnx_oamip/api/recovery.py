@@ -14,7 +14,7 @@ from onnx_oamip.core.atomic_files import Batch
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import DataError, GateFailed, ModelError
 from onnx_oamip.core.progress import RECOVER, Progress
-from onnx_oamip.core.records import Bools, Coupling, Model, Recovered
+from onnx_oamip.core.records import Bools, Coupling, Model, Recovered, Recovery
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
@@ -125,7 +125,13 @@ def recover(
             "eval_data": source_name(eval_data),
             "plan": None if plan_file is None else str(plan_file),
         },
-        notes=(*samples.notes, *objective.notes, *recovery.notes(found), *opened),
+        notes=(
+            *samples.notes,
+            *objective.notes,
+            *recovery.notes(found),
+            *_refitted(student, found),
+            *opened,
+        ),
     )
     if target is None:
         return result
@@ -191,6 +197,17 @@ def _of_channels(coupling: Coupling, rotated: Collection[str]) -> Coupling:
         axis: labels for axis, labels in coupling.axes.items() if not np.isin(labels, units).any()
     }
     return replace(coupling, axes=axes)
+
+
+def _refitted(pruned: Model, found: Recovery) -> tuple[str, ...]:
+    """The likely reason why a model of this package was not recovered."""
+    if found.accepted or provenance.read(pruned.proto) is None:
+        return ()
+    reason = (
+        "if the pruned model was refitted to these samples, the held-out ones judge it too kindly: give other samples, "
+        "or recover behind the refit by `prune --recover` or `apply --recover`"
+    )
+    return (reason,)
 
 
 def _verify(

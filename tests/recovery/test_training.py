@@ -110,6 +110,7 @@ def test_worse_result_is_not_taken(case: Path) -> None:
     )
     assert not found.recovery.accepted
     assert "was not taken" in " ".join(found.notes)
+    assert "recover behind the refit" in " ".join(found.notes)
     old, new = stored(case / "half.onnx"), stored(case / "out.onnx")
     assert all(np.array_equal(new[name], old[name]) for name in old)
 
