@@ -44,6 +44,7 @@ STUDIES = (
     "storage",
     "large",
     "larger",
+    "real",
     "rivals",
     "latency",
     "calibration",
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--larger",
         type=Path,
         metavar="DIR",
-        help="of larger and recover: what tools.make_larger_models made",
+        help="of larger, real, mechanisms and recover: what tools.make_larger_models made",
     )
     parser.add_argument(
         "--model", action="append", default=[], help="only this model; may be given more than once"
