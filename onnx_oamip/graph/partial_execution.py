@@ -282,6 +282,7 @@ class Frontier:
         self.tensors: dict[str, list[Array]] = {}
         self.batches = len(feeds)
         self._feeds = feeds
+        self._inputs = {value.name for value in proto.graph.input}
         self._memory_limit = memory_limit
         self._partition = _Partition(proto, types, device)
         self._repeats_left = REPEATS * len(proto.graph.node)
@@ -335,8 +336,9 @@ class Frontier:
     def _values(self, i: int, names: Sequence[str]) -> dict[str, Array]:
         """Values of those tensors that are in memory, or graph inputs, at one feed."""
         held = {name: self.tensors[name][i] for name in names if name in self.tensors}
-        given = self._feeds[i] if len(held) < len(set(names)) else {}
-        return held | {name: given[name] for name in names if name in given}
+        missing = [name for name in names if name in self._inputs and name not in held]
+        given = self._feeds[i] if missing else {}  # reading a feed may take long
+        return held | {name: given[name] for name in missing if name in given}
 
     def _holds(self, part: _Part, results: Mapping[str, Array]) -> bool:
         """Decides whether the results of a part are held for all feeds, and leaves out feeds if they have to be."""

@@ -20,7 +20,8 @@ GRAM_CAP = 4608
 HELD_OUT = 0.2
 """Share of the rows on which the ridge strength is chosen."""
 WIDE_VALUES = 1 << 25
-"""Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
+"""Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix. Of a node with many groups, as a
+depthwise convolution, no more are sampled beyond ``ROWS_PER_UNKNOWN``."""
 FEWEST_ROWS = 32
 """Rows that are sampled however little memory there is."""
 VALUE_BYTES = 8
@@ -68,16 +69,21 @@ def leading_rows(count: int) -> int:
     return int(np.ceil((1 - HELD_OUT) * count))
 
 
-def wanted_rows(unknowns: int) -> int:
+def wanted_rows(unknowns: int, groups: int = 1) -> int:
     """Count the rows that a fit should have.
 
     Args:
         unknowns: Unknowns per output.
+        groups: Groups of outputs with inputs of their own, which all have values in a row.
 
     Returns:
         Number of rows, whatever memory they need.
     """
-    return int(np.clip(ROWS_PER_UNKNOWN * unknowns, MIN_ROWS, MAX_ROWS))
+    enough = ROWS_PER_UNKNOWN * unknowns
+    least = MIN_ROWS
+    if groups > 1:
+        least = min(least, max(enough, WIDE_VALUES // (groups * unknowns)))
+    return int(np.clip(enough, least, MAX_ROWS))
 
 
 def is_wide(place: Site, weight: Array, cap: int = GRAM_CAP) -> bool:
@@ -115,7 +121,7 @@ def row_limit(
     values_per_row = groups * (unknowns + outs)
     most_values = memory_limit // VALUE_BYTES
     if unknowns <= cap:
-        return min(wanted_rows(unknowns), max(FEWEST_ROWS, most_values // values_per_row))
+        return min(wanted_rows(unknowns, groups), max(FEWEST_ROWS, most_values // values_per_row))
     # Rows this wide are many values each: bound the values instead.
     most_values = min(WIDE_VALUES, most_values // WIDE_COPIES)
     return max(FEWEST_ROWS, min(MIN_ROWS, most_values // (groups * max(unknowns, outs))))

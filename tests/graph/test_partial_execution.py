@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -167,6 +168,22 @@ def test_tensors_are_released_after_their_last_consumer(tmp_path: Path) -> None:
     for name, expected in held:
         frontier.reach([name])
         assert set(frontier.tensors) == expected, name
+
+
+def test_feeds_are_read_only_for_graph_inputs(tmp_path: Path) -> None:
+    """A feed may be augmented on access, which takes longer than the nodes."""
+    model = load(build(RESIDUAL), tmp_path)
+    read: list[int] = []
+
+    class Feeds(list[dict[str, Array]]):
+        def __getitem__(self, place: Any) -> Any:
+            read.append(place)
+            return super().__getitem__(place)
+
+    frontier = _frontier(model, Feeds(_feeds(model)))
+    for name in _made(model):
+        frontier.reach([name])
+    assert read == [0, 1, 2]
 
 
 def _within(model: Model, feeds: list[dict[str, Array]], limit: int) -> Frontier:
