@@ -512,9 +512,15 @@ def _something_free(model: Model, coupling: Coupling) -> None:
     given = {pin.reason for pin in coupling.pinned if pin.given}
     for pin in coupling.pinned:
         channels[pin.reason] += pin.count
-    # Exclusions by the user first; inputs and outputs, which every model keeps, last; most channels first.
+    # Exclusions by the user first; inputs and outputs, which every model keeps, last; most channels first. A layer
+    # keeps a single channel anyway.
     reasons = sorted(
-        channels, key=lambda r: (not r.startswith("`exclude="), r in given, -channels[r])
+        channels,
+        key=lambda r: (
+            not r.startswith("`exclude="),
+            r in given or channels[r] == 1,
+            -channels[r],
+        ),
     )
     raise BudgetNotMet(
         f"no channel of {model.path} can be removed, for example because {reasons[0]}; see 'onnx-oamip inspect' for "

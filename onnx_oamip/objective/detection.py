@@ -125,8 +125,20 @@ def _of_output(tails: Tails, name: str) -> list[Term]:
         )
         return [Term(name, name, name, "exact", assumption=note)]
     alone = len(found) == 1
+    note = ""
+    if not alone and all(term.kind == "values" and not term.decided for term in found):
+        note = _otherwise(
+            f"output '{name}' joins {len(found)} branches, which are taken for values",
+            replace(found[0], output=name),
+            "classes",
+        )
     return [
-        replace(term, name=name if alone else f"{name}/{_short(term)}", output=name)
+        replace(
+            term,
+            name=name if alone else f"{name}/{_short(term)}",
+            output=name,
+            assumption=term.assumption or note,
+        )
         for term in found
     ]
 
@@ -495,7 +507,7 @@ def _opened(
     columns = _columns(tails, term)
     if columns is not None and columns < 2:
         note = _otherwise(note, term, "binary")
-        if term.axis is None and _positions(tails, term) is not None:
+        if tails.graph.rank(term.tensor) == 2 and _positions(tails, term) is not None:
             note += f", or `outputs={term.output}=classes` where one of the positions is chosen"
         return replace(_as_values(term), assumption=note)
     return replace(_as_values(term), assumption=_otherwise(note, term, "classes"))

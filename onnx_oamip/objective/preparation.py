@@ -29,6 +29,8 @@ MIN_SAMPLES = 32
 """Samples that are taken however large the outputs are."""
 ENOUGH_RARE = 32.0
 """Samples with rare decisions from which on a random order spreads them well enough."""
+UNLIKE_SCORES = 30.0
+"""Standard deviation of a column over that of another one from which a raw output holds values, not scores."""
 MAX_NUMBERS = 1 << 27
 """Numbers of all outputs of all samples together, about: large maps need fewer samples."""
 
@@ -119,7 +121,29 @@ def scale(
         term if term.kind == "ignore" else replace(term, scale=next(scales))
         for term in objective.terms
     )
-    return replace(objective, terms=tuple(terms))
+    return _by_size(replace(objective, terms=tuple(terms)))
+
+
+def _by_size(objective: Objective) -> Objective:
+    """Take raw outputs for values whose columns differ too much in size to be scores of classes beside each other."""
+    terms = []
+    notes = list(objective.notes)
+    for term in objective.terms:
+        if term.kind != "ambiguous" or term.scale is None:
+            terms.append(term)
+            continue
+        spread = np.sqrt(term.scale.variance)
+        ratio = float(spread.max() / spread.min())
+        if ratio < UNLIKE_SCORES:
+            terms.append(term)
+            continue
+        note = (
+            f"output '{term.output}' is taken for values, as the spread of one column is {ratio:.0f} times that of "
+            f"another; `outputs={term.output}=classes` says otherwise"
+        )
+        notes = [note if other == term.assumption else other for other in notes]
+        terms.append(replace(term, kind="values", assumption=note))
+    return replace(objective, terms=tuple(terms), notes=tuple(notes))
 
 
 def spread_rare(

@@ -151,7 +151,7 @@ class Tails:
         return [replace(term, part=part)]
 
     def _concat(self, origin: Origin, node: Node) -> list[Term]:
-        """The parts of a Concat, where any of them is more than a plain tensor; else none."""
+        """The parts of a Concat where one is more than a plain tensor, or they come from branches; else none."""
         if node.op != "Concat" or origin.part is not None:
             return []
         computed = [
@@ -160,7 +160,8 @@ class Tails:
             if self.graph.constant(name) is None and name not in self.graph.given
         ]
         found = [self.explain(name) for name in computed]
-        if all(len(terms) == 1 and terms[0].kind == "ambiguous" for terms in found):
+        are_plain = all(len(terms) == 1 and terms[0].kind == "ambiguous" for terms in found)
+        if are_plain and not self._joins_branches(node, computed):
             return []
         axis = int(node.attrs.get("axis", 0)) % (self.graph.rank(node.outputs[0]) or 1)
         tail = f"Concat along axis {axis}"
@@ -177,6 +178,21 @@ class Tails:
                 else:
                     result.append(replace(term, tail=", ".join(filter(None, (term.tail, tail)))))
         return _distinct(result)
+
+    def _joins_branches(self, node: Node, parts: list[str]) -> bool:
+        """Test for columns over positions that several branches give, such as raw boxes and scores of a detector.
+
+        Parts of one large layer, as some exporters cut it, read the same tensor, and are joined as they are.
+        """
+        rank = self.graph.rank(node.outputs[0]) or 0
+        axis = int(node.attrs.get("axis", 0)) % max(rank, 1)
+        if rank < 3 or axis != self.graph.channel_axis(node.outputs[0]):
+            return False
+        read = set()
+        for name in parts:
+            layer = self.graph.maker(name)
+            read.add(layer.inputs[0] if layer is not None and self.graph.heavy(layer) else name)
+        return len(read) == len(parts) > 1
 
     def _reduced(self, origin: Origin, node: Node) -> list[Term]:  # noqa: ARG002
         """The largest of several probabilities is decided by all of them."""

@@ -3,8 +3,8 @@
 A unit that several consumers read is worth the loss that its removal brings through all of them. An error of the same
 size costs much behind one consumer and nothing behind another: the boxes of a detector barely move where its classes
 change. So the squared error of every output channel is weighted by the loss of the model per squared error there,
-measured with that one node changed. One term needs no such weights: all paths then end in the same loss, and the
-relative error of a consumer is a fair guess of it.
+measured with that one node changed. One term of columns of similar size needs no such weights: all paths then end in
+the same loss, and the relative error of a consumer is a fair guess of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from onnx import helper
 
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Array, Coupling, Floats, Model, Objective
+from onnx_oamip.core.records.objective import Term
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
 from onnx_oamip.graph.ops.matrix_view import Site
@@ -32,6 +33,8 @@ CHANGE = 0.25
 """Standard deviation of a weight's relative change: squared errors of about a sixteenth of the output's energy."""
 SINGLE = 16
 """Output channels up to which each is changed alone."""
+UNEVEN = 16.0
+"""Variance of a column over that of another one from which errors of columns are weighed."""
 LEAST = 1e-6
 """Smallest weight over the largest: what no term depends on still has an order."""
 
@@ -60,9 +63,9 @@ def collect(
         progress: Callback ``(stage, done, total)``.
 
     Returns:
-        Weights (output channels,) by linear node; none for an objective of one term.
+        Weights (output channels,) by linear node; none for an objective of one term with columns of similar size.
     """
-    if len(objective.judged) < 2:
+    if not applies(objective):
         return {}
     places = _places(model, coupling)
     if not places:
@@ -77,6 +80,26 @@ def collect(
             progress("relevance", i + 1, len(places))
     top = max(float(values.max()) for values in result.values())
     return {name: np.maximum(values, LEAST * top or 1.0) for name, values in result.items()}
+
+
+def applies(objective: Objective) -> bool:
+    """Check whether errors of outputs of the same size may bring different losses.
+
+    Args:
+        objective: The terms, with their scales.
+
+    Returns:
+        True for several terms, and for one with columns of different size.
+    """
+    return len(objective.judged) > 1 or any(map(_is_uneven, objective.judged))
+
+
+def _is_uneven(term: Term) -> bool:
+    """Test for columns of sizes so different that the largest would drown the others in a sum of squared errors."""
+    if term.kind not in ("values", "ambiguous") or term.scale is None:
+        return False
+    variance = term.scale.variance
+    return bool(variance.max(initial=0.0) > UNEVEN * variance.min(initial=np.inf))
 
 
 def passes(model: Model, coupling: Coupling) -> int:

@@ -136,7 +136,7 @@ def _relevance(context: Context) -> Mapping[str, Floats]:
     model = context.model
     coupling = context.coupling
     objective = context.objective
-    if len(objective.judged) < 2:
+    if not relevance.applies(objective):
         return {}
 
     passes = relevance.passes(model, coupling)

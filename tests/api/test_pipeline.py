@@ -550,6 +550,17 @@ def test_model_without_removable_units_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_single_channel_is_not_the_reason_why_nothing_can_be_removed(tmp_path: Path) -> None:
+    text = """(float[N,4] x, float[N,8] h) => (float[N] y, float[N,8] g)
+        <float[4,8] w, float[8,1] v, int64[1] last = {1}>
+        { a = MatMul(x, w)  s = Add(a, h)  g = Tanh(s)  o = MatMul(g, v)  y = Squeeze(o, last) }"""
+    onnx.save(build(text), tmp_path / "model.onnx")
+    with pytest.raises(BudgetNotMet, match="a graph input"):
+        prune(
+            tmp_path / "model.onnx", None, None, settings(macs=0.5, importance="l2", refit="none")
+        )
+
+
 def test_excluding_every_group_is_refused(task: Path) -> None:
     with pytest.raises(BudgetNotMet, match=r"`exclude='w\*'` keeps it"):
         _prune(task, exclude=("w*",))

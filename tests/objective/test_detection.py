@@ -306,6 +306,16 @@ PATTERNS: dict[str, Pattern] = {
     # ----------------------------------------------------------------------------------------------------------- parts
     "boxes and scores in one": BOXES_AND_SCORES,
     "concat of plain parts": PLAIN_PARTS,
+    "concat of raw branches": Pattern(
+        "(float[N, 5, 6] x) => (float[] y) <float[6, 4] wb, float[6, 3] wc, float px = {320.0}> "
+        "{ a = MatMul(x, wb) b = Mul(a, px) c = MatMul(x, wc) y = Concat <axis = 2> (b, c) }",
+        (("values", "b", 2), ("values", "c", 2)),
+    ),
+    "concat of one layer in two": Pattern(
+        "(float[N, 5, 6] x) => (float[] y) <float[6, 4] wa, float[6, 3] wb> "
+        "{ a = MatMul(x, wa) b = MatMul(x, wb) y = Concat <axis = 2> (a, b) }",
+        (("ambiguous", "y", 2),),
+    ),
     "scores sliced from one map": sequence(
         "float[] y",
         "p = Sigmoid(l) s4 = Constant <value_ints = [4]> () s0 = Constant <value_ints = [0]> () "
@@ -441,6 +451,15 @@ def test_output_patterns_are_detected(name: str, tmp_path: Path) -> None:
 def test_parts_are_named_after_their_output(tmp_path: Path) -> None:
     found = detect(model_of(PATTERNS["boxes and scores in one"], tmp_path))
     assert [(t.name, t.output) for t in found.terms] == [("y/b8", "y"), ("y/c5", "y")]
+
+
+def test_raw_branches_are_noted(tmp_path: Path) -> None:
+    model = model_of(PATTERNS["concat of raw branches"], tmp_path)
+    assert detect(model).notes == (
+        "output 'y' joins 2 branches, which are taken for values; `outputs=y=classes` says otherwise",
+    )
+    stated = only(detect(model, outputs={"y": ("classes", 1.0)}))
+    assert (stated.kind, stated.tensor, stated.axis) == ("classes", "y", 2)
 
 
 def test_outputs_that_share_a_tensor_are_noted(tmp_path: Path) -> None:

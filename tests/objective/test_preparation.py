@@ -16,6 +16,7 @@ from onnx_oamip.core.records import Model, Objective
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.objective import detect, preparation, scale, spread_rare
+from onnx_oamip.statistics import relevance
 from onnx_oamip.statistics.collector import parts
 
 HEADS = """(float[N,8] x) => (float[] y, float[] z, float[] e) <float[8,6] w1, float[8,3] w2, float[8,5] w3> {
@@ -118,3 +119,22 @@ def test_losses_are_measured_on_samples_with_rare_decisions(tmp_path: Path, whol
     assert [row[0, 1] for row in measured if (row[:, 0] > 0).any()] == [2.0]
     few = scale(model, detect(model), samples.take(np.arange(10, 40)), "cpu")
     assert spread_rare(model, few, samples, "cpu") is samples  # all decisions are alike
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(1.0, "ambiguous"), (0.0, "ambiguous"), (1e-3, "values")]
+)
+def test_columns_of_very_different_size_are_values(size: float, kind: str, tmp_path: Path) -> None:
+    proto = build("(float[N,8] x) => (float[] y) <float[8,3] w> { y = MatMul(x, w) }")
+    weight = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    weight[:, 2] *= size
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    model = load(proto, tmp_path)
+    x = np.random.default_rng(1).standard_normal((100, 8)).astype(np.float32)
+    samples = dataset.load({"x": x}, model)
+    assert samples is not None
+    found = scale(model, detect(model), samples, "cpu")
+    assert [term.kind for term in found.terms] == [kind]
+    assert found.notes == (found.terms[0].assumption,)
+    assert ("times that of another" in found.notes[0]) == (kind == "values")
+    assert relevance.applies(found) == (kind == "values")

@@ -106,3 +106,20 @@ def test_rare_positives_are_found_and_their_recall_reported(tmp_path: Path) -> N
     assert "of the decisions of 'alarm' are positive" in warning
     assert warning in report.notes
     assert len(constants(onnx.load(tmp_path / "out.onnx"))["b"]) < 32
+
+
+def test_small_column_is_kept_beside_a_large_one(tmp_path: Path) -> None:
+    """Half of the units serve each of two columns, and both lose alike where the first is 100 times as large."""
+    text = """(float[N,8] x) => (float[N,2] y) <float[8,32] w, float[32,2] v>
+        { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"""
+    proto = build(text)
+    weight = np.random.default_rng(3).standard_normal((32, 2)) * np.geomspace(1, 0.1, 32)[:, None]
+    weight[::2, 0] = weight[1::2, 1] = 0
+    weight[:, 0] *= 100
+    replace_weight(proto, "v", weight.astype(np.float32))
+    settings = Settings(
+        macs=0.5, align=1, workers=1, refit="none", cache="off", outputs={"y": "values"}
+    )
+    pruned = prune(proto, {"x": X[:200]}, settings=settings)
+    truth, found = (Session(model, "cpu").run({"x": X[200:]})[0] for model in (proto, pruned.model))
+    assert (np.square(found - truth).mean(axis=0) < 0.05 * truth.var(axis=0)).all()
