@@ -58,6 +58,16 @@ METHODS: dict[str, Row] = {
         )
     },
 }
+FEW_METHODS = (
+    "obs",
+    "nnrelief",
+    "l2",
+    "snacs",
+    "mint",
+    "oamip joint exact",
+    "oamip decoupled exact",
+)
+"""Methods of the default tier: every kind of statistics, and programs."""
 UNITS: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS),
     "verb": ("prune", "score and prune", "plan and apply", "frontier"),
@@ -256,9 +266,20 @@ def check_units(folder: Path, row: Row, keep: Bools, coupling: Coupling) -> None
 
 
 ROWS = covering(UNITS, consistent)
+FEW_ROWS = covering({**UNITS, "method": FEW_METHODS}, consistent)
+"""Every pair of values but those of further methods, which differ in their scores alone."""
 
 
-@pytest.mark.parametrize("row", ROWS, ids=name)
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(pytest.param(row, id=name(row)) for row in FEW_ROWS),
+        *(
+            pytest.param(row, id=f"{name(row)}, all methods", marks=pytest.mark.slow)
+            for row in ROWS
+        ),
+    ],
+)
 def test_units(row: Row, tmp_path: Path) -> None:
     path = given(tmp_path, row["net"])
     wanted = settings(row)

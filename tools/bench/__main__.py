@@ -50,6 +50,7 @@ STUDIES = (
     "calibration",
     "cost",
     "resume",
+    "determinism",
     "memory",
     "limits",
     "recover",

@@ -245,6 +245,15 @@ TEXT = {
             "from an empty cache (half the MACs, widths in steps of 8)."
         ),
     ),
+    "determinism": (
+        "Determinism",
+        (
+            "Models pruned to half the MACs on 32 samples, with one worker and two, with the default batch and with 7 "
+            "samples a run: the number of different files and of different reports (all of the JSON but times and the "
+            "division of the work; sums over batches to ten digits), and the digest of the file. Other releases of "
+            "ONNX Runtime may round otherwise."
+        ),
+    ),
     "memory": (
         "Memory by samples",
         (
