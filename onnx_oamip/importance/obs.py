@@ -31,6 +31,7 @@ from onnx_oamip.statistics.layer_problems import (
     Job,
     Problem,
     jobs,
+    parallel_groups,
     problems,
 )
 from onnx_oamip.statistics.relevance import weighted
@@ -65,8 +66,10 @@ def score(
     assert statistics is not None
     values = activation.score(model, coupling, statistics, settings).values.copy()
     # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
-    pool = executor(settings.workers, settings.scheduler)
-    every_job = jobs(coupling, statistics[COVARIANCE])
+    grams = statistics[COVARIANCE]
+    workers = parallel_groups(settings.workers, grams, settings.max_memory)
+    pool = executor(workers, settings.scheduler)
+    every_job = jobs(coupling, grams)
     shared = (model, coupling, statistics.get(RELEVANCE, {}))
     results = pool.map(_eliminate_group, shared, every_job)
     for group, result in zip(coupling.groups, results, strict=True):

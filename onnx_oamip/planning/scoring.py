@@ -35,6 +35,7 @@ from onnx_oamip.repair import mean_folding
 from onnx_oamip.statistics import workload
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Collected, Context
+from onnx_oamip.statistics.layer_problems import parallel_groups
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 
 CHOICE_SAMPLES = 64
@@ -170,15 +171,16 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     names = ["the program" if found.method == "oamip" else found.method, *found.others]
     orders = np.stack([found.values, *found.others.values()])
     programmed = found.method == "oamip"
+    grams = collect(context, {COVARIANCE})[COVARIANCE]
     alone = sensitivity.choose(
         model,
         coupling,
-        collect(context, {COVARIANCE})[COVARIANCE],
+        grams,
         list(orders),
         [feed for _, feed in few.batches(context.batch)],
         device=context.device,
         objective=context.objective,
-        workers=context.workers,
+        workers=parallel_groups(context.workers, grams, settings.max_memory),
         progress=context.progress,
         repair=settings.refit,
         scheduler=settings.scheduler,

@@ -62,7 +62,7 @@ CHOICE = (0.7, 0.5, 0.3)
 """Shares of a group's width at which orders of removal are compared."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
-LEVEL_BYTES = 1 << 28
+LEVEL_BYTES = 1 << 26
 """Bytes of repaired weights held at a time; where one weight has many consumers, a level may exceed the model."""
 
 

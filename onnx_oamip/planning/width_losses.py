@@ -29,6 +29,7 @@ from onnx_oamip.planning.budget_program import Ladder
 from onnx_oamip.statistics import workload
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.layer_problems import parallel_groups
 from onnx_oamip.statistics.requests import COVARIANCE
 
 SECONDS_BETWEEN_WRITES = 1.0
@@ -136,15 +137,16 @@ def losses_of_groups(
     def run() -> tuple[Sensitivity, ...]:
         feeds = [feed for _, feed in samples.batches(context.batch)]
         unfinished = Unfinished.open(context.store, known, wide)
+        grams = collect(context, {COVARIANCE})[COVARIANCE]
         found = sensitivity.measure(
             model,
             coupling,
-            collect(context, {COVARIANCE})[COVARIANCE],
+            grams,
             order,
             feeds,
             device=context.device,
             objective=context.objective,
-            workers=context.workers,
+            workers=parallel_groups(context.workers, grams, settings.max_memory),
             progress=context.progress,
             repair=settings.refit,
             scheduler=settings.scheduler,

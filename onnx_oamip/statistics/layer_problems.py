@@ -6,6 +6,7 @@ in the covariance G of x.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,9 @@ RIDGE = 1e-3
 """Relative to the mean diagonal: keeps a covariance of few rows from promising a perfect repair."""
 MAX_SPREAD = 1 / RIDGE
 """Variance over the median variance from which an input would make ridges larger than the median; it is scaled down."""
+
+COPIES = 6
+"""Arrays of the size of a consumer's covariance that the problem of a group takes at the same time."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +287,29 @@ def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
                 own[consumer.node] = grams[consumer.node]
         result.append((g, own))
     return result
+
+
+def parallel_groups(
+    requested: int | None,
+    grams: Mapping[str, Gram],
+    max_memory: int | None,
+) -> int | None:
+    """Bound the number of groups whose problems are solved at the same time by their memory.
+
+    Args:
+        requested: Number of threads asked for; None for one per processor.
+        grams: Covariances by consumer node.
+        max_memory: Target for memory in bytes; None for no bound.
+
+    Returns:
+        The number of threads, at least 1: those whose arrays take half of the memory if every group had the largest
+        covariance. ``requested`` where there is no bound.
+    """
+    if max_memory is None:
+        return requested
+    largest = max((gram.values.nbytes for gram in grams.values()), default=0)
+    within = max_memory // 2 // max(1, COPIES * largest)
+    return max(1, min(requested or os.cpu_count() or 1, within))
 
 
 def shrinkage(gram: Floats, rows: int, columns: int | None = None) -> float:

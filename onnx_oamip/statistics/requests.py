@@ -68,7 +68,8 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     cap = covariances.CAP
     limit = None
     if settings.max_memory is not None:
-        most = settings.activation_memory_limit
+        # Problems take several times the memory of the moments that they are made of.
+        most = settings.activation_memory_limit // 2
     else:
         most = COVARIANCE_BYTES
     if settings.max_memory is not None or covariances.estimated_bytes(model, coupling) > most:

@@ -258,6 +258,20 @@ def test_binary_threshold_is_in_units_of_the_scores() -> None:
     )
 
 
+def test_score_at_the_threshold_is_negative() -> None:
+    """It weighs as the negatives do, and not as the positives, which are rare."""
+    truth = np.full((100, 1), -1.0)
+    truth[:5] = 1.0
+    objective = scaled([BINARY], [truth])
+
+    def total(old: float) -> float:
+        return compare(objective, [np.full((1, 1), old)], [np.full((1, 1), 1.0)]).total
+
+    below, at, above = total(-1e-9), total(0.0), total(1e-9)
+    assert at == pytest.approx(below, rel=1e-6)
+    assert above > 2 * at
+
+
 def test_tensors_of_any_rank_are_read_along_their_axis() -> None:
     rng = np.random.default_rng(0)
     truth, found = rng.standard_normal((2, 6, 4, 5, 3))

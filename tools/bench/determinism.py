@@ -26,7 +26,7 @@ BATCHES = (None, 7)
 """Samples a run; None is the default."""
 COLUMNS = ("model", "onnxruntime", "runs", "MACs kept %", "files", "reports", "file")
 DIGITS = 10
-"""Digits of a sum over batches that do not depend on the order of addition."""
+"""Digits of a measure over batches that do not depend on the order of addition."""
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
@@ -95,8 +95,15 @@ def _timeless(report: Report, folder: str) -> str:
         del found["settings"][key]
     for program in found["programs"]:
         del program["seconds"]
-    verification = found["verification"]
-    del verification["latency"]
-    error = verification["output_relative_error"]
-    verification["output_relative_error"] = float(f"{error:.{DIGITS}g}")
+    del found["verification"]["latency"]
+    found["verification"] = _rounded(found["verification"])
     return json.dumps(found).replace(folder, "")
+
+
+def _rounded(value: Any) -> Any:
+    """Measures over batches without their last digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value

@@ -93,9 +93,10 @@ class RunOptions(Options):
     )
     max_memory: Memory | None = Field(
         None,
-        description="Aim at this much memory, such as 2GB: while learning a quarter of it goes to activations and a "
-        "quarter to second moments, so there are fewer samples at a time, and coarser moments of wide layers. It is "
-        "no hard limit, and it can change the result. Default: 1 GiB of activations.",
+        description="Aim at this much memory, such as 2GB: while learning a quarter of it goes to activations, an "
+        "eighth to second moments and half to the groups that are solved side by side, so there are fewer samples at a "
+        "time, and coarser moments of wide layers. It is no hard limit, and it can change the result. Default: 1 GiB "
+        "of activations.",
     )
     no_provenance: Annotated[bool, _OUTPUT] = Field(
         False,

@@ -57,6 +57,7 @@ from onnx_oamip.statistics.layer_problems import (
     Job,
     Problem,
     jobs,
+    parallel_groups,
     problems,
 )
 from onnx_oamip.statistics.relevance import weighted
@@ -112,9 +113,11 @@ def score(
     records: list[Mapping[str, Any]] = []
     without_moments: list[str] = []
     without_program: list[str] = []
-    pool = executor(settings.workers, settings.scheduler)
+    grams = statistics[COVARIANCE]
+    workers = parallel_groups(settings.workers, grams, settings.max_memory)
+    pool = executor(workers, settings.scheduler)
     shared = (model, coupling, settings, statistics.get(RELEVANCE, {}))
-    results = pool.map(_score_group, shared, jobs(coupling, statistics[COVARIANCE]))
+    results = pool.map(_score_group, shared, jobs(coupling, grams))
     for group, result in zip(coupling.groups, results, strict=True):
         units = group.units
         if result is None:

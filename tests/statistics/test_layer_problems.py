@@ -1,0 +1,60 @@
+"""How many groups are solved side by side within a target for memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import MLP, build, load, samples
+
+from onnx_oamip.api.prepare import prepare
+from onnx_oamip.core.records import Gram
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.executors import Threads
+from onnx_oamip.importance import obs
+from onnx_oamip.statistics.layer_problems import COPIES, parallel_groups
+
+
+def _gram(size: int) -> Gram:
+    return Gram(
+        matrix=np.eye(size)[None],
+        mean=np.zeros((1, size)),
+        columns=np.arange(size)[:, None],
+        rows=100,
+        taps=1,
+    )
+
+
+def test_groups_side_by_side_take_half_of_the_memory() -> None:
+    grams = {"a": _gram(10), "b": _gram(100)}
+    group = COPIES * 8 * 100**2
+    assert parallel_groups(7, grams, None) == 7
+    assert parallel_groups(None, grams, None) is None
+    assert parallel_groups(7, grams, 2 * 3 * group) == 3
+    assert parallel_groups(2, grams, 2 * 3 * group) == 2
+    assert parallel_groups(7, grams, group) == 1
+    assert parallel_groups(None, grams, 2 * 10**4 * group) == os.cpu_count()
+    assert parallel_groups(7, {}, 1) == 1
+
+
+def test_scores_and_losses_keep_to_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def record(workers: int | None, *_: object) -> Threads:
+        asked.append(workers)
+        return Threads(1)
+
+    monkeypatch.setattr(obs, "executor", record)
+    monkeypatch.setattr("onnx_oamip.planning.sensitivity.executor", record)
+    monkeypatch.setattr("onnx_oamip.statistics.layer_problems.COPIES", 10**9)
+    model = load(build(MLP), tmp_path)
+    settings = Settings.create(
+        macs=0.5, align=1, device="cpu", workers=4, max_memory="1GB", refit="bias"
+    )
+    assert prepare(model.path, samples(model, 40), settings).ladder
+    assert len(asked) == 2
+    assert set(asked) == {1}
