@@ -737,6 +737,7 @@ def test_ladder_must_fit_the_model() -> None:
 # ------------------------------------------------------------------------------------------------------------- size
 
 
+@pytest.mark.slow
 def test_densenet_sized_program_is_solved_in_seconds() -> None:
     """120 groups of eight widths, every layer reading all before it in its block of 40: as DenseNet-121 does."""
     rng = np.random.default_rng(0)

@@ -255,7 +255,7 @@ def test_solvers_agree_within_their_gaps() -> None:
 
 def test_feasible_start_is_used(solver: str) -> None:
     program = knapsack(200, rows=40)
-    good = solvers.solve(program, SolverLimits(time_s=2.0, gap=0.0), solver)
+    good = solvers.solve(program, SolverLimits(time_s=0.5, gap=0.0), solver)
     assert good.values is not None
     again = solvers.solve(
         with_start(program, good.values), SolverLimits(time_s=0.2, gap=0.0), solver
@@ -323,7 +323,7 @@ def test_interrupt_stops_a_solve(solver: str) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "solving\n"
-        time.sleep(1.5)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
@@ -336,7 +336,7 @@ def test_ctrl_c_works_after_overlapping_solves(solver: str) -> None:
     def work(seconds: float) -> None:
         solvers.solve(knapsack(200, 40), SolverLimits(time_s=seconds, gap=0.0), solver)
 
-    threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.6, 1.2)]
+    threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.4, 0.8)]
     for thread in threads:
         thread.start()
         time.sleep(0.2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graphs import MLP, build, load, samples
 
 from onnx_oamip.api import prepare
 from onnx_oamip.core.errors import EnvironmentMissing
@@ -22,6 +23,7 @@ from tools.bench import (
     cost,
     critical,
     cuda,
+    determinism,
     driver,
     latency,
     latency_figure,
@@ -550,3 +552,23 @@ def test_study_of_critical_units_goes_on_where_it_was_stopped(
     keys = [(r["model"], r["program"]) for r in record["rows"]]
     assert keys == [*first, *made]
     assert text.count("\n| ") == 4
+
+
+# --------------------------------------------------------------------------------------------------------- determinism
+
+
+def test_determinism_is_studied_once_per_model_and_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file with its samples beside it: one file and one report over all divisions of the work."""
+    model = tmp_path / "small.onnx"
+    model.write_bytes(build(MLP).SerializeToString())
+    found = load(build(MLP), tmp_path)
+    np.savez(tmp_path / "small.npz", **samples(found, 40))  # type: ignore[arg-type]
+    out = tmp_path / "results"
+    determinism.run(out, 0, (str(model),))
+    rows = json.loads((out / "determinism.json").read_text(encoding="utf-8"))["rows"]
+    assert [(r["model"], r["runs"], r["files"], r["reports"]) for r in rows] == [("small", 4, 1, 1)]
+    monkeypatch.setattr(determinism, "prune", lambda *_: pytest.fail("studied again"))
+    determinism.run(out, 0, (str(model),))
+    capsys.readouterr()

@@ -43,9 +43,9 @@ class _Maker:
         self.weights: list[TensorProto] = []
         self.last = "x"
 
-    def weight(self, *shape: int) -> str:
+    def weight(self, *shape: int, gain: float = 1.0) -> str:
         name = f"w{len(self.weights)}"
-        scale = np.sqrt(2 / np.prod(shape[1:] if len(shape) > 2 else shape[:1]))
+        scale = gain * np.sqrt(2 / np.prod(shape[1:] if len(shape) > 2 else shape[:1]))
         value = (scale * self.rng.standard_normal(shape)).astype(np.float32)
         self.weights.append(numpy_helper.from_array(value, name))
         return name
@@ -75,10 +75,12 @@ def _linear(*widths: int, residual: bool = False) -> Callable[[int], tuple[Model
         maker = _Maker(widths[:1], seed)
         for i, (before, after) in enumerate(pairwise(widths)):
             start = maker.last
-            maker.node("MatMul", maker.weight(before, after))
+            adds = residual and before == after
+            # A sum over hundreds of layers must stay finite.
+            maker.node("MatMul", maker.weight(before, after, gain=0.1 if adds else 1.0))
             if i < len(widths) - 2:
                 maker.node("Relu")
-            if residual and before == after:
+            if adds:
                 maker.node("Add", start)
         return maker.model(widths[-1]), maker.shape
 
