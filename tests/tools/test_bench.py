@@ -533,7 +533,7 @@ def test_study_of_critical_units_goes_on_where_it_was_stopped(
     made: list[tuple[str, str]] = []
 
     def row(network: critical.Network, program: str, seed: int) -> studies.Row:
-        if len(made) == 2:
+        if len(made) == 3:
             raise KeyboardInterrupt
         made.append((network.title, program))
         return {"model": network.title, "program": program, "seconds": float(seed)}
@@ -546,12 +546,12 @@ def test_study_of_critical_units_goes_on_where_it_was_stopped(
     first = made.copy()
     made.clear()
     text = critical.run(tmp_path, 0, names)
-    assert made == [(critical.JOINT, "exact"), ("lenet5-mnist", "decoupled")]
+    assert made == [(critical.JOINT, "exact, ten minutes"), ("lenet5-mnist", "decoupled")]
     assert [path.name for path in tmp_path.iterdir()] == ["critical.json"]
     record = json.loads((tmp_path / "critical.json").read_text())
     keys = [(r["model"], r["program"]) for r in record["rows"]]
     assert keys == [*first, *made]
-    assert text.count("\n| ") == 4
+    assert text.count("\n| ") == 5
 
 
 # --------------------------------------------------------------------------------------------------------- determinism

@@ -31,7 +31,15 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "decoupled": {},
     "paper": {"mode": "joint", "formulation": "paper", "threshold": THRESHOLD},
     "exact": {"mode": "joint", "formulation": "exact", "threshold": THRESHOLD, "time_limit": 120},
+    "exact, ten minutes": {
+        "mode": "joint",
+        "formulation": "exact",
+        "threshold": THRESHOLD,
+        "time_limit": 600,
+    },
 }
+FURTHER_PROGRAMS = ("decoupled", "paper", "exact")
+"""Programs of the networks that are trained from further seeds."""
 COLUMNS = (
     "model",
     "program",
@@ -58,13 +66,13 @@ class Network:
         title: Name in the table.
         model: ONNX file.
         data: Samples.
-        joint: True if the programs over the network are solved, too.
+        programs: Programs that are solved for it.
     """
 
     title: str
     model: Path
     data: Path
-    joint: bool
+    programs: tuple[str, ...]
 
 
 def run(
@@ -77,7 +85,7 @@ def run(
     found = _unfinished(out, seed)
     order = []
     for network in _networks(out, names, mnist):
-        for program in PROGRAMS if network.joint else ("decoupled",):
+        for program in network.programs:
             key = (network.title, program)
             order.append(key)
             if key not in found:
@@ -103,10 +111,11 @@ def _networks(out: Path, names: tuple[str, ...], mnist: Path | None) -> Iterator
     """The shipped networks, each followed by those trained from further seeds."""
     for name in names or tuple(MODELS):
         model, data = paths(name)
-        yield Network(name, model, data, name == JOINT)
+        yield Network(name, model, data, tuple(PROGRAMS) if name == JOINT else ("decoupled",))
         if name == JOINT and mnist is not None:
             for seed in FURTHER_SEEDS:
-                yield Network(f"{name}, seed {seed}", _trained(out, seed, mnist), data, True)
+                model = _trained(out, seed, mnist)
+                yield Network(f"{name}, seed {seed}", model, data, FURTHER_PROGRAMS)
 
 
 def _trained(out: Path, seed: int, mnist: Path) -> Path:
