@@ -519,11 +519,12 @@ def test_mechanisms_are_left_out_and_alone() -> None:
     assert settings["none"].refit == "none"
 
 
-def test_saved_rows_of_mechanisms_are_kept(tmp_path: Path) -> None:
-    row = {"model": "m", "MACs asked": 0.5, "mechanisms": "all"}
+def test_saved_rows_are_those_of_the_seed(tmp_path: Path) -> None:
+    row = {"model": "m", "MACs asked": 0.5}
     studies.store(tmp_path, mechanisms.STUDY, [row], mechanisms.COLUMNS, 3)
-    assert mechanisms.saved(tmp_path, 3) == [row]
-    assert mechanisms.saved(tmp_path, 4) == []
+    assert studies.saved(tmp_path, mechanisms.STUDY, 3) == [row]
+    assert studies.saved(tmp_path, mechanisms.STUDY, 4) == []
+    assert studies.saved(tmp_path, "lottery", 3) == []
 
 
 def test_study_of_critical_units_goes_on_where_it_was_stopped(

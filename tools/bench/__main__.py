@@ -11,7 +11,7 @@ others. What became of each comes last, and the exit status is 1 where one faile
 What studies need beside ``pip install -e '.[cpu,dev]'``:
   coverage, estimators, foreign, latency, programs, rivals: the extra experiments (torch, onnxsim and others)
   recover: the extra recover (torch); beside it onnxsim, where it is installed
-  finetune, the larger counts of calibration and recover, and further seeds of critical (torch): training images,
+  finetune, lottery, the larger counts of calibration and recover, further seeds of critical (torch): training images,
     --mnist DIR and --fashion DIR, folders with the four IDX files of MNIST and of Fashion-MNIST, gzipped or plain
     (models/README.md says from where)
   rows for CUDA in latency: the extra gpu in place of cpu, and an NVIDIA GPU
@@ -39,7 +39,9 @@ STUDIES = (
     "importance",
     "methods",
     "decoupled",
+    "gaps",
     "critical",
+    "lottery",
     "estimators",
     "storage",
     "large",
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             option,
             type=Path,
             metavar="DIR",
-            help=f"IDX files of {title}: for finetune, calibration, critical",
+            help=f"IDX files of {title}: for finetune, calibration, critical, lottery",
         )
     parser.add_argument(
         "--larger",

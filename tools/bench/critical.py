@@ -8,7 +8,6 @@ the results. Rows are saved as they are found, and a stopped study continues aft
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.core.records import Measure
 from onnx_oamip.core.settings import Settings
 
-from .studies import MODELS, Row, known_step, paths, save, store
+from .studies import MODELS, Row, known_step, paths, save, saved, store
 
 THRESHOLD = 0.1
 """Threshold of the published experiments on MNIST."""
@@ -98,13 +97,7 @@ def run(
 
 def _unfinished(out: Path, seed: int) -> dict[tuple[str, str], Row]:
     """Rows of a study with this seed that was stopped, by network and program."""
-    path = out / f"{UNFINISHED}.json"
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record["seed"] != seed:
-        return {}
-    return {(row["model"], row["program"]): row for row in record["rows"]}
+    return {(row["model"], row["program"]): row for row in saved(out, UNFINISHED, seed)}
 
 
 def _networks(out: Path, names: tuple[str, ...], mnist: Path | None) -> Iterator[Network]:

@@ -8,18 +8,16 @@ Rows that are in the saved study are not made again, so that it can be made in p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from onnx_oamip.api import prepare
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.planning import search
 
 from .larger import Bench, absent
-from .studies import MODELS, Row, paths, save, store
+from .studies import MODELS, Row, paths, save, saved, store
 
 STUDY = "mechanisms"
 NETWORKS = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion", "efficientnet-lite0")
@@ -47,7 +45,7 @@ COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
     """One row per network, budget and choice of mechanisms."""
-    rows = saved(out, seed)
+    rows = saved(out, STUDY, seed)
     for name in names or NETWORKS:
         if name not in MODELS and (missing := absent(name, larger)):
             print(missing, flush=True)
@@ -81,15 +79,6 @@ def _without(names: list[str]) -> dict[str, str]:
     for name in dict.fromkeys([*names, *idle]):
         settings.update(OFF[name])
     return settings
-
-
-def saved(out: Path, seed: int) -> list[Row]:
-    """Rows that an earlier run with this seed stored."""
-    path = out / f"{STUDY}.json"
-    if not path.is_file():
-        return []
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return list(found["rows"]) if found["seed"] == seed else []
 
 
 def _bench(name: str, larger: Path | None) -> Bench:

@@ -69,12 +69,27 @@ TEXT = {
         "Cost of oamip",
         "Decoupled scoring; a program has one variable per unit and one more.",
     ),
+    "gaps": (
+        "Gaps of the decoupled programs",
+        (
+            "With a least-squares refit: the loss is the sum over nine programs of the relative squared error of the "
+            "consumers' outputs, and the gap is relative to it. Unproved energy: what is not proved of the outputs' "
+            "energy that the kept units of a program explain, in the mean. Seconds of a machine with other work."
+        ),
+    ),
     "critical": (
         "Critical units",
         (
             "`--importance oamip` without a budget (decoupled), and the published threshold of 0.1 on keep variables "
             "of programs over ten images: units kept, and points of accuracy lost on 2,000 test images. "
             "Seconds of a machine with other work."
+        ),
+    ),
+    "lottery": (
+        "Lottery tickets",
+        (
+            "Accuracy in percent of what a mask leaves of the initial weights, after the same training as the whole "
+            "network (five epochs, one seed). All masks keep as many units of a layer as the published program at 0.1."
         ),
     ),
     "programs": (

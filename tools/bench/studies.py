@@ -135,6 +135,15 @@ def store(
     return record
 
 
+def saved(out: Path, study: str, seed: int) -> list[Row]:
+    """Rows that an earlier run with this seed stored."""
+    path = out / f"{study}.json"
+    if not path.is_file():
+        return []
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return list(found["rows"]) if found["seed"] == seed else []
+
+
 def together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """One environment of several: what differs is listed."""
     found: dict[str, list[str]] = {}
