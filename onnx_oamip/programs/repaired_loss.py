@@ -18,6 +18,8 @@ from onnx_oamip.programs.subset import STEP_OVERHEAD
 
 RELATIVE_TOLERANCE = 1e-9
 """Share of the worth of all units that an exchange must gain."""
+CANDIDATES = 8
+"""Removed units that are tried for an exchange, those of greatest gain."""
 SHARPENINGS = 6
 """Rounds of the search for a tighter relaxation."""
 TURNS_PER_SHARPENING = 8
@@ -180,7 +182,8 @@ class Repaired(Relaxation):
     def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
         """Choose the last units of the order, then exchange units while that lowers the loss.
 
-        In an exchange the removed unit of greatest gain comes back, and the kept unit of least cost is removed.
+        In an exchange a removed unit comes back, and the kept unit of least cost is removed. The removed units of
+        greatest gain are tried in turn.
 
         Args:
             keep: Units to choose from (units,).
@@ -199,19 +202,11 @@ class Repaired(Relaxation):
         worth = _total_worth(states)
         tolerance = RELATIVE_TOLERANCE * float(np.abs(worth).sum())
         for _ in range(steps):
-            returning = int(np.argmax(np.where(keep & ~kept, worth, -np.inf)))
-            for state in states:
-                state.sweep(returning)
-            kept[returning] = True
-            after = _total_worth(states)
-            leaving = int(np.argmax(np.where(kept, after, -np.inf)))
-            for state in states:
-                state.sweep(leaving)
-            kept[leaving] = False
-            # The worth of a kept unit is minus its cost, so the sum is the gain of the exchange.
-            gain = worth[returning] + after[leaving]
-            if leaving == returning or gain <= tolerance:
-                kept[leaving], kept[returning] = True, False
+            removed = np.flatnonzero(keep & ~kept)
+            candidates = removed[np.argsort(-worth[removed], kind="stable")][:CANDIDATES]
+            if not any(
+                _exchange(states, kept, unit, worth[unit], tolerance) for unit in candidates
+            ):
                 break
             worth = _total_worth(states)
         return kept
@@ -326,6 +321,36 @@ class _SweptConsumer:
         self.outputs -= outputs @ scaled
         self.outputs[:, columns] = sign * (outputs @ inverse)
         self.kept[unit] = not self.kept[unit]
+
+
+def _exchange(
+    states: Sequence[_SweptConsumer],
+    kept: Bools,
+    returning: int,
+    gain: float,
+    tolerance: float,
+) -> bool:
+    """Take a removed unit back and remove the kept unit of least cost, if that gains more than the tolerance.
+
+    Args:
+        states: Consumers with the kept units swept in; they change with ``kept``.
+        kept: Kept units (units,).
+        returning: Removed unit.
+        gain: Gain of taking it back.
+        tolerance: Least gain of an exchange.
+    """
+    for state in states:
+        state.sweep(returning)
+    kept[returning] = True
+    worth = _total_worth(states)
+    leaving = int(np.argmax(np.where(kept, worth, -np.inf)))
+    # The worth of a kept unit is minus its cost, so the sum is the gain of the exchange.
+    is_better = leaving != returning and gain + worth[leaving] > tolerance
+    out = leaving if is_better else returning
+    for state in states:
+        state.sweep(out)
+    kept[out] = False
+    return bool(is_better)
 
 
 def _total_worth(states: Sequence[_SweptConsumer]) -> Floats:
