@@ -15,7 +15,7 @@ from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier
 from onnx_oamip.repair.cut_model import Cut, in_cut_model, output_mask
 from onnx_oamip.repair.shared_weights import Rows, Spread
-from onnx_oamip.repair.targets import Target
+from onnx_oamip.repair.targets import Target, of_kept_rows
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def _problem(
     """
     here = in_cut_model(place, node)
     kept = output_mask(cut.model, cut.coupling, place, cut.units)
+    target = of_kept_rows(cut, place, target)
     if frontier is None:
         x = _original_inputs(cut, place, here, target)
         y = np.concatenate(target.values).astype(np.float64)[:, kept]
@@ -169,7 +170,7 @@ def _problem(
         others = copies.targets.pop(place.node.name, None) if copies is not None else None
         parts = [(frontier, target)]
         if copies is not None and others is not None:
-            parts.append((copies.frontier, others))
+            parts.append((copies.frontier, of_kept_rows(cut, place, others)))
         x, y = _sampled_problem(here, data, parts, kept)
     groups = len(x)
     y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from onnx_oamip.core.records import Array, Ints, Model
+from onnx_oamip.core.records import Array, Bools, Ints, Model
 from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT
 from onnx_oamip.graph.im2col import data_rows, output_rows, row_axes
 from onnx_oamip.graph.linear_layers import matrix_shape
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Slicer, stream
 from onnx_oamip.objective.position_weights import PositionWeights
+from onnx_oamip.repair.cut_model import Cut
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.row_sampling import RowChoice, row_choice, row_limit
 
@@ -98,6 +99,65 @@ def collect_targets(
         sampler, tensor = asked[number]
         sampler.take(tensor, value)
     return {sampler.place.node.name: sampler.target(late) for sampler in samplers}
+
+
+def of_kept_rows(cut: Cut, place: Site, target: Target) -> Target:
+    """Leave out the rows that the cut model lacks, and number the others as they are there.
+
+    The rows of a layer may run over channels that another layer makes: an MLP-Mixer multiplies along the positions of
+    each channel.
+
+    Args:
+        cut: The original model and the kept units.
+        place: A linear node in the original model.
+        target: Its outputs there.
+
+    Returns:
+        The samples at the rows that are left.
+    """
+    output = place.node.outputs[0]
+    masks = {
+        axis: cut.coupling.keep((output, axis), cut.units)
+        for axis in range(len(cut.model.shapes.get(output, ())))
+        if (output, axis) in cut.coupling.axes
+    }
+    masks.pop(place.output_axis % max(len(cut.model.shapes.get(output, ())), 1), None)
+    if all(mask.all() for mask in masks.values()):
+        return target
+    rows, stays = zip(
+        *(_kept_rows(place, masks, *feed) for feed in zip(target.shapes, target.rows, strict=True)),
+        strict=True,
+    )
+
+    def left(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(array[stay] for array, stay in zip(arrays, stays, strict=False))
+
+    return replace(
+        target,
+        rows=rows,
+        values=left(target.values),
+        inputs=left(target.inputs),
+        joined=left(target.joined),
+    )
+
+
+def _kept_rows(
+    place: Site, masks: Mapping[int, Bools], shape: tuple[int, ...], rows: Ints
+) -> tuple[Ints, Bools]:
+    """Numbers of the rows in the cut model, and which of the rows (rows,) these are."""
+    channel = place.output_axis % len(shape)
+    axes = [axis for axis in range(len(shape)) if axis != channel]
+    places = list(np.unravel_index(rows, row_axes(place, shape)))
+    lengths = list(row_axes(place, shape))
+    stays = np.ones(len(rows), bool)
+    for i, axis in enumerate(axes):
+        mask = masks.get(axis)
+        if mask is not None:
+            stays &= mask[places[i]]
+            places[i] = np.cumsum(mask)[places[i]] - 1
+            lengths[i] = int(mask.sum())
+    left = [place_of[stays] for place_of in places]
+    return np.ravel_multi_index(left, lengths), stays
 
 
 class _Sampler:

@@ -593,6 +593,23 @@ def test_refit_reduces_the_error(net: str, tmp_path: Path) -> None:
     assert pruned.fits
 
 
+def test_rows_of_removed_channels_are_left_out(tmp_path: Path) -> None:
+    """Layers over the positions of every channel, as in an MLP-Mixer: a removed channel takes its rows with it."""
+    text = """(float[N,4,6] x) => (float[N,4,3] y) <float[6,5] w, float[4,8] v, float[8,4] u, float[5,3] o> {
+        a = MatMul(x, w)  t = Transpose <perm = [0, 2, 1]> (a)  b = MatMul(t, v)  r = Relu(b)  c = MatMul(r, u)
+        d = Transpose <perm = [0, 2, 1]> (c)  y = MatMul(d, o) }"""
+    proto = build(text)
+    change_initialiser(proto, "o", lambda value: value.__setitem__(1, 0))
+    change_initialiser(proto, "v", lambda value: value.__setitem__((slice(None), 2), value[:, 5]))
+    model = load(proto, tmp_path)
+    coupling = couple(model)
+    keep = without(coupling, "w", [1]) & without(coupling, "v", [2])
+    found = random_calibration(model, 300)
+    pruned = refit(model, coupling, keep, found)
+    assert relative_error(model, pruned.raw, found) > 0.01
+    assert relative_error(model, pruned.proto, found) < 1e-3  # by the ridge alone
+
+
 def test_refit_that_does_not_reduce_the_error_is_discarded(tmp_path: Path) -> None:
     """The lost channel is +1 in the rows that are fitted and -1 in those held out: no repair survives that."""
     text = "(float[N,2] x) => (float[N,2] y) <float[2,2] w1, float[2,2] w> { a = MatMul(x, w1)  y = MatMul(a, w) }"
