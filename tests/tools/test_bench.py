@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -133,6 +134,33 @@ def test_best_has_the_range_over_seeds_and_a_paired_error() -> None:
 def test_packed_correct_images_are_restored() -> None:
     right = np.random.default_rng(0).random(2001) < 0.7
     assert (rivals.unpacked({"images": 2001, "right": rivals.packed(right)}) == right).all()
+
+
+def test_stopped_study_measures_only_incomplete_methods(tmp_path: Path) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def rows(method: str, count: int) -> Iterator[studies.Row]:
+        for i in range(count):
+            measured.append((method, i))
+            yield {"method": method, "value": i}
+
+    columns = ("method", "value")
+    stopped = studies.Resumable(tmp_path, "study", columns, seed=0)
+    stopped.measure({"method": "a"}, 2, rows("a", 2))
+    stopped.measure({"method": "b"}, 2, rows("b", 1))
+    measured.clear()
+    continued = studies.Resumable(tmp_path, "study", columns, seed=0)
+    continued.measure({"method": "a"}, 2, rows("a", 2))
+    continued.measure({"method": "b"}, 2, rows("b", 2))
+    assert measured == [("b", 0), ("b", 1)]
+    stored = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    assert [tuple(row.values()) for row in stored["rows"]] == [
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+        ("b", 1),
+    ]
+    assert stored["environment"] == studies.environment()
 
 
 @pytest.mark.parametrize(("rival", "noise"), [(88.1, True), (90.0, False)])

@@ -4,7 +4,8 @@
 images; Taylor gets their labels too. Networks with labelled test images are judged by accuracy; EfficientNet-Lite0 by
 how often its first answer is that of the original on crops of photographs that no method has seen, and beside it by
 how many of the first five answers are the same, and by the mean Kullback-Leibler divergence of its answers from the
-original's. What is not installed or not in DIR is left out, and said.
+original's. What is not installed or not in DIR is left out, with a message. Every row is stored when it is measured,
+and methods whose rows are complete are not measured again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 
 from .rivals import OURS, bisect
-from .studies import Row, save, store
+from .studies import Resumable, Row, save
 
 if TYPE_CHECKING:
     from .larger_rivals import Peer
@@ -67,22 +68,21 @@ SUMMARY = (
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
-    """One row per network, budget and method; ``larger-summary`` has one per network and budget."""
-    rows: list[Row] = []
+    """Measure every method on every network; ``larger-summary`` has one row per network and budget."""
+    study = Resumable(out, "larger", COLUMNS, seed)
     for name in names or NETWORKS:
         if missing := absent(name, larger):
             print(missing, flush=True)
             continue
         assert larger is not None
         bench = Bench(name, larger)
-        for row in _rows(bench, seed):
-            rows.append(row)
-            print({k: v for k, v in row.items() if v is not None}, flush=True)
-            store(out, "larger", rows, COLUMNS, seed)
-    if not rows:
+        for method, rows in _methods(bench, seed):
+            study.measure({"model": name, "method": method}, len(BUDGETS), rows)
+    if not study.rows:
         return ""
-    save(out, "larger-summary", summary(rows), SUMMARY, seed)
-    return save(out, "larger", rows, COLUMNS, seed)
+    measured = study.environment
+    save(out, "larger-summary", summary(study.rows), SUMMARY, seed, measured=measured)
+    return save(out, "larger", study.rows, COLUMNS, seed, measured=measured)
 
 
 def absent(name: str, folder: Path | None) -> str | None:
@@ -176,9 +176,10 @@ def divergence(expected: Array, found: Array) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def _rows(bench: Bench, seed: int) -> Iterator[Row]:
+def _methods(bench: Bench, seed: int) -> Iterator[tuple[str, Iterator[Row]]]:
+    """Names of all methods, each with its rows, which are measured as they are iterated over."""
     for method, changes in OURS.items():
-        yield from _ours(bench, method, changes, seed)
+        yield method, _ours(bench, method, changes, seed)
     missing = [
         p for p in ("torch", "torch_pruning", "onnxsim") if importlib.util.find_spec(p) is None
     ]
@@ -188,7 +189,7 @@ def _rows(bench: Bench, seed: int) -> Iterator[Row]:
     from .larger_rivals import peers
 
     for method, peer in peers(bench).items():
-        yield from _theirs(bench, method, peer)
+        yield method, _theirs(bench, method, peer)
 
 
 def _ours(bench: Bench, method: str, changes: dict[str, str], seed: int) -> Iterator[Row]:

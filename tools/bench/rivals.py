@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +36,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 
-from .studies import MODELS, Row, environment, paths, save, store, together
+from .studies import MODELS, Resumable, Row, paths, save, together
 
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
 OURS: Mapping[str, dict[str, str]] = {
@@ -95,29 +95,21 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), seeds: int = 1) -> st
 
 
 def _measure(out: Path, name: str, seed: int, seeds: Sequence[int]) -> None:
-    """Measure the methods whose rows of a model are not complete, and store the rows after each."""
-    file = out / f"rivals-rows-{name}.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    rows: list[Row] = stored["rows"]
-    environments = [stored["environment"]] if rows else []
+    """Measure the methods whose rows of a model are not complete, and store every row."""
+    study = Resumable(out, f"rivals-rows-{name}", ROWS, seed)
     bench = Bench(name)
 
-    def add(method: str, at: int | None, measure: Callable[[], list[Row]]) -> None:
-        of_method = [row for row in rows if (row["method"], row["seed"]) == (method, at)]
-        if len(of_method) == len(BUDGETS):
-            return
-        rows.extend(measure())
-        measured = together([*environments, environment()])
-        store(out, f"rivals-rows-{name}", rows, ROWS, seed, measured=measured)
+    def measure(method: str, at: int | None, rows: Iterable[Row]) -> None:
+        study.measure({"method": method, "seed": at}, len(BUDGETS), rows)
 
     for method, changes in OURS.items():
         for each in seeds:
-            add(method, each, partial(_ours, bench, method, changes, each))
+            measure(method, each, _ours(bench, method, changes, each))
     for method, peer in bench.peers().items():
-        add(method, None, partial(_theirs, bench, method, peer))
+        measure(method, None, _theirs(bench, method, peer))
     for importance in IMPORTANCES:
         method, changes = f"ours ({importance})", {"importance": importance}
-        add(method, seed, partial(_ours, bench, method, changes, seed))
+        measure(method, seed, _ours(bench, method, changes, seed))
 
 
 def conclude(out: Path, seed: int) -> str:
@@ -205,7 +197,6 @@ class Bench:
             found = 100 * float(right.mean())
             row |= {"MACs kept": round(self.share(proto), 4), "accuracy": round(found, 2)}
             row["points lost"] = round(self.before - found, 2)
-        print({k: v for k, v in row.items() if v is not None}, flush=True)
         return row if proto is None else {**row, "images": len(right), "right": packed(right)}
 
 
@@ -222,23 +213,21 @@ def unpacked(row: Row) -> Floats:
     return bits.astype(np.float64)
 
 
-def _ours(bench: Bench, method: str, changes: Mapping[str, str], seed: int) -> list[Row]:
+def _ours(bench: Bench, method: str, changes: Mapping[str, str], seed: int) -> Iterator[Row]:
     with TemporaryDirectory() as kept:
         settings = Settings.create(
             **{**FIXED, "macs": BUDGETS[0], "seed": seed, "cache": kept, **changes}
         )
         ready = prepare.prepare(bench.model, bench.shuffled(seed, Path(kept)), settings)
-        rows = []
         for budget in BUDGETS:
             here = replace(ready, settings=settings.model_copy(update={"macs": budget}))
             try:
-                rows.append(bench.row(budget, method, seed, search.search(here).pruned.proto))
+                yield bench.row(budget, method, seed, search.search(here).pruned.proto)
             except BudgetNotMet as error:
-                rows.append(bench.row(budget, method, seed, None, str(error)))
-        return rows
+                yield bench.row(budget, method, seed, None, str(error))
 
 
-def _theirs(bench: Bench, method: str, peer: Any) -> list[Row]:
+def _theirs(bench: Bench, method: str, peer: Any) -> Iterator[Row]:
     failed: list[str] = []
 
     @cache
@@ -249,16 +238,13 @@ def _theirs(bench: Bench, method: str, peer: Any) -> list[Row]:
             failed.append(f"{type(error).__name__}: {str(error).strip()[:80]}")
             return float("nan")
 
-    rows = []
     for budget in BUDGETS:
         ratio = bisect(share, budget)
         if ratio is None:
-            rows.append(
-                bench.row(budget, method, None, None, failed[-1] if failed else "MACs not reached")
-            )
+            why = failed[-1] if failed else "MACs not reached"
+            yield bench.row(budget, method, None, None, why)
         else:
-            rows.append(bench.row(budget, method, None, peer.refit(peer.cut(ratio))))
-    return rows
+            yield bench.row(budget, method, None, peer.refit(peer.cut(ratio)))
 
 
 def bisect(share: Callable[[float], float], target: float) -> float | None:

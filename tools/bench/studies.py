@@ -144,6 +144,50 @@ def saved(out: Path, study: str, seed: int) -> list[Row]:
     return list(found["rows"]) if found["seed"] == seed else []
 
 
+class Resumable:
+    """Rows of a study that is continued where it was stopped.
+
+    Attributes:
+        rows: Rows so far, those that the folder already held first.
+    """
+
+    def __init__(self, out: Path, study: str, columns: Sequence[str], seed: int) -> None:
+        self._out, self._study, self._columns, self._seed = out, study, columns, seed
+        file = out / f"{study}.json"
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        self.rows: list[Row] = stored["rows"] if stored else []
+        self._environments = [stored["environment"]] if self.rows else []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of the stored rows and of this run."""
+        return together([*self._environments, environment()])
+
+    def measure(self, key: Row, count: int, rows: Iterable[Row]) -> None:
+        """Add rows one by one and store each, unless all of them are there.
+
+        Args:
+            key: Values that these rows have in common, and no others have.
+            count: Number of the rows; if the folder holds fewer, all are measured again.
+            rows: The rows, measured as they are iterated over.
+        """
+        others = [row for row in self.rows if any(row.get(k) != v for k, v in key.items())]
+        if len(self.rows) - len(others) == count:
+            return
+        self.rows = others
+        for row in rows:
+            self.rows.append(row)
+            print({k: row[k] for k in self._columns if row.get(k) is not None}, flush=True)
+            store(
+                self._out,
+                self._study,
+                self.rows,
+                self._columns,
+                self._seed,
+                measured=self.environment,
+            )
+
+
 def together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """One environment of several: what differs is listed."""
     found: dict[str, list[str]] = {}
