@@ -452,6 +452,8 @@ class _Opener:
             options,
             providers=providers,
             disabled_optimizers=disabled or None,
+            # On the CPU there is nothing to fall back to: ONNX Runtime would print why, and try the same again.
+            enable_fallback=int(self.device == "cuda"),
         )
 
 

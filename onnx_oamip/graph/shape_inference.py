@@ -78,14 +78,20 @@ def port_of(value: onnx.ValueInfoProto) -> Port:
         Its name, element type and dimensions.
 
     Raises:
-        ModelError: It is not a tensor.
+        ModelError: It is not a tensor, or of an element type that ONNX does not define.
     """
     if not is_tensor(value):
         raise ModelError(
             f"the graph input or output '{value.name}' is not a tensor; only tensors are supported."
         )
     tensor_type = value.type.tensor_type
-    return Port(value.name, _dtype(tensor_type.elem_type), tuple(_dims(tensor_type.shape)))
+    kind = tensor_type.elem_type
+    if kind not in TensorProto.DataType.values():
+        raise ModelError(
+            f"the graph input or output '{value.name}' has the element type {kind}, which this version of onnx does "
+            "not know."
+        )
+    return Port(value.name, _dtype(kind), tuple(_dims(tensor_type.shape)))
 
 
 def is_tensor(value: onnx.ValueInfoProto) -> bool:

@@ -115,6 +115,19 @@ def test_input_that_is_not_a_tensor_is_refused(
         models.load(path)
 
 
+@pytest.mark.parametrize("place", ["input", "output", "value_info"])
+def test_unknown_element_type_is_refused(place: str, tmp_path: Path) -> None:
+    proto = build(NET)
+    if place == "value_info":
+        proto.graph.value_info.add().CopyFrom(proto.graph.output[0])
+        proto.graph.value_info[0].name = proto.graph.node[0].output[0]
+    getattr(proto.graph, place)[0].type.tensor_type.elem_type = 71
+    path = tmp_path / "odd.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match=r"^[^\n]*type 71[^\n]*\.$"):
+        models.load(path)
+
+
 def test_sequence_beside_a_tensor_is_kept_and_alone_is_refused(tmp_path: Path) -> None:
     proto = build(NET)
     proto.graph.node.append(helper.make_node("SequenceConstruct", ["f", "y"], ["both"]))

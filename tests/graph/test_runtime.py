@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ROOT
-from graphs import RUNTIME, build
+from graphs import MLP, RUNTIME, build
 
 from onnx_oamip import prune
 from onnx_oamip.api import proof
@@ -221,6 +221,25 @@ def listened(home: Path, *arguments: str) -> tuple[str, list[str]]:
         timeout=300,
     )
     return done.stdout.splitlines()[-1], sorted(p.name for p in home.rglob("*") if p.is_file())
+
+
+def test_runtime_prints_nothing_about_a_graph_that_it_cannot_load(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its own fallback prints lines, and tries the same providers again, for errors that Python raises."""
+    rt = runtime()
+    asked: list[int] = []
+
+    class Unreadable(rt.InferenceSession):  # type: ignore[misc, name-defined]
+        def _create_inference_session(self, *_: object) -> None:
+            asked.append(1)
+            raise ValueError("the message is not readable")
+
+    monkeypatch.setattr(rt, "InferenceSession", Unreadable)
+    with pytest.raises(ModelError, match="the message is not readable"):
+        Session(build(MLP), "cpu")
+    assert asked == [1]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_runtime_sends_nothing_over_the_network(tmp_path: Path) -> None:
