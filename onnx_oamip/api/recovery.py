@@ -205,7 +205,7 @@ def _refitted(pruned: Model, found: Recovery) -> tuple[str, ...]:
         return ()
     reason = (
         "if the pruned model was refitted to these samples, the held-out ones judge it too kindly: give other samples, "
-        "or recover behind the refit by `prune --recover` or `apply --recover`"
+        "or prune with `recover`, which trains behind the refit and holds its samples out of both"
     )
     return (reason,)
 

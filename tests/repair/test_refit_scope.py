@@ -30,8 +30,8 @@ def test_copies_are_left_out_where_samples_suffice(tmp_path: Path) -> None:
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(0), 0.6)
     many = replace(random_calibration(model, 4), count=1_000_000)
-    assert refit_scope.is_short_of_samples(model, coupling, keep, random_calibration(model, 4))
-    assert not refit_scope.is_short_of_samples(model, coupling, keep, many)
+    assert refit_scope.short_of_samples(model, coupling, keep, random_calibration(model, 4))
+    assert not refit_scope.short_of_samples(model, coupling, keep, many)
 
 
 CODES = """(float[N, 5] x) => (float[N, 3] y)

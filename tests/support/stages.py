@@ -66,7 +66,7 @@ STAGES = {
     "sensitivity": Stage("planning.sensitivity.measure", STEPS, spreads=True),
     "answers": Stage("planning.recorded_answers.answers", LOSSES),
     "plan": Stage("planning.allocation.allocate", OUTPUTS, solves=True),
-    "refit": Stage("repair.least_squares.least_squares", OUTPUTS),
+    "refit": Stage("repair.least_squares.front", OUTPUTS),
     "verify": Stage("verification.equivalence.prove", REFIT),
     "latency": Stage("api.proof.compare_latency", REFIT),
     "write": Stage("api.pipeline.write", REFIT),

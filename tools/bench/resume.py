@@ -25,7 +25,7 @@ STAGES = {
     "score": "planning.scoring.apply_method",
     "sensitivity": "planning.sensitivity.measure",
     "plan": "planning.allocation.allocate",
-    "refit": "repair.least_squares.least_squares",
+    "refit": "repair.least_squares.front",
     "verify": "verification.equivalence.prove",
 }
 """Stages at which a run is killed, in their order, with the function that begins each."""
