@@ -97,13 +97,16 @@ def _sort(
     """Return the path, and set the parameter ``outputs`` of the command if there are statements."""
     assert isinstance(param, OutputOption)
     statements: dict[str, str] = dict(ctx.meta.get(IN_FILE, {}))
+    stated: dict[str, str] = {}
     paths = []
     for text in values:
         match = _STATEMENT.fullmatch(text)
         if match is None:
             paths.append(text)
-        else:
-            statements[match["name"]] = match["kind"]
+        elif stated.setdefault(match["name"], match["kind"]) != match["kind"]:
+            message = f"{text!r} contradicts '{match['name']}={stated[match['name']]}'; give one of the two."
+            raise click.BadParameter(message, ctx, param)
+    statements.update(stated)
     if statements:
         ctx.params["outputs"] = checked(statements, ctx, param)
     if paths and not param.takes_path:

@@ -23,7 +23,7 @@ from onnx_oamip.core.records.objective import (
     Term,
 )
 from onnx_oamip.graph.ops import kinds
-from onnx_oamip.graph.ops.compositions import sigmoid
+from onnx_oamip.graph.ops.compositions import normalised, sigmoid
 from onnx_oamip.objective.structure import Graph
 from onnx_oamip.objective.tails import Tails
 
@@ -533,6 +533,8 @@ def _why_values(
         return "as further layers read it"
     if (behind := graph.trace(term.tensor).node) is not None and behind.op in kinds.NOT_SCORES:
         return f"as it ends in {behind.op}"
+    if behind is not None and normalised(graph, behind):
+        return "as it ends in a normalisation"
     if graph.state_axis(term.tensor) is not None:
         return "as it holds states of recurrent layers"
     if rank > 3 and several_maps:

@@ -16,7 +16,7 @@ import numpy as np
 from onnx_oamip.core.records import Node
 from onnx_oamip.core.records.objective import Form, Kind, Term
 from onnx_oamip.graph.ops import Trait, has, kinds
-from onnx_oamip.graph.ops.compositions import sigmoid, softmax, unit_vectors
+from onnx_oamip.graph.ops.compositions import mixture, sigmoid, softmax, unit_vectors
 from onnx_oamip.objective.structure import DEPTH, Graph, Origin
 
 OPEN: tuple[Kind, ...] = ("ambiguous", "values")
@@ -204,6 +204,11 @@ class Tails:
 
     def _probabilities(self, origin: Origin, node: Node) -> list[Term]:
         """Products and other combinations of probabilities."""
+        classes = mixture(self.graph, origin.tensor)
+        if classes is not None:
+            described = f"{node.op} of class probabilities"
+            term = self._term(origin.tensor, "classes", classes, tail=described)
+            return [replace(term, part=origin.part)]
         if not self.probable(origin.tensor):
             return []
         term = self._term(

@@ -1070,6 +1070,11 @@ SCORES_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = 
     "two ways to score": (lambda: None, ("--importance", "obs"), "--importance"),
     "two paths": (lambda: Path("s.npz").touch(), ("-o", "./s.npz"), "two paths"),
     "no kind": (lambda: Path("s.npz").touch(), ("--output", "y=values:0"), "weight above 0"),
+    "two kinds": (
+        lambda: Path("s.npz").touch(),
+        ("--output", "y=values", "--output", "y=classes"),
+        "'y=classes' contradicts 'y=values'",
+    ),
 }
 
 

@@ -409,6 +409,30 @@ PATTERNS: dict[str, Pattern] = {
         "{ h = MatMul(x, w) s = Softmax(h) l = MatMul(s, v) y = Identity(l) a = Identity(s) }",
         (("classes", "h", 1), ("ambiguous", "l", 1)),
     ),
+    "mean of an ensemble": dense(
+        "float[] y",
+        "p = Softmax(l) n = Neg(l) q = Softmax(n) s = Add(p, q) h = Constant <value_float = 0.5> () y = Mul(s, h)",
+        ("classes", "y", 1),
+    ),
+    "mean over views": sequence(
+        "float[] y",
+        "p = Softmax(l) a = Constant <value_ints = [1]> () y = ReduceMean <keepdims = 0> (p, a)",
+        ("classes", "y", 1),
+        opset=18,
+    ),
+    "layer normalisation written out": sequence(
+        "float[] y",
+        "m = ReduceMean <axes = [-1]> (l) d = Sub(l, m) q = Mul(d, d) v = ReduceMean <axes = [-1]> (q) "
+        "e = Constant <value_float = 1e-5> () w2 = Add(v, e) r = Sqrt(w2) n = Div(d, r) "
+        "g = Constant <value_floats = [1.0, 2.0, 1.0, 2.0]> () h = Mul(n, g) y = Add(h, g)",
+        ("values", "y", 2),
+    ),
+    "RMS normalisation written out": sequence(
+        "float[] y",
+        "q = Mul(l, l) v = ReduceMean <axes = [-1]> (q) e = Constant <value_float = 1e-5> () w2 = Add(v, e) "
+        "r = Sqrt(w2) i = Reciprocal(r) y = Mul(l, i)",
+        ("values", "y", 2),
+    ),
     "an operator that nobody knows": Pattern(
         "(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }",
         (("ambiguous", "y", 1),),

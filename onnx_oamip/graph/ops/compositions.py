@@ -107,6 +107,70 @@ def _softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
     return node.inputs[0], axis
 
 
+def mixture(graph: Reader, tensor: str) -> int | None:
+    """Recognise a mean of class distributions, as of an ensemble or of several views of a sample.
+
+    Args:
+        graph: The graph.
+        tensor: Name of a tensor.
+
+    Returns:
+        The axis of the classes; None where the tensor is no softmax, and no sum of some over an axis of another kind.
+    """
+    node = graph.maker(tensor)
+    if node is None:
+        return None
+    found = softmax(graph, node) if node.op not in ("Log", "LogSoftmax", "Sub") else None
+    if found is not None:
+        return found[1]
+    computed = [name for name in node.inputs if name and graph.constant(name) is None]
+    if node.op in ("Identity", "Mul", "Div"):
+        factors = [name for name in node.inputs if graph.constant(name) is not None]
+        is_scaled = all(graph.number(name) is not None for name in factors)
+        return mixture(graph, computed[0]) if len(computed) == 1 and is_scaled else None
+    if node.op in ("Add", "Sum", "Mean"):
+        axes = {mixture(graph, name) for name in node.inputs}
+        return axes.pop() if len(axes) == 1 else None
+    if node.op in ("ReduceMean", "ReduceSum"):
+        axis = mixture(graph, node.inputs[0])
+        reduced = _one_axis(graph, node)
+        if axis is None or reduced is None or reduced == axis:
+            return None
+        keeps = bool(node.attrs.get("keepdims", 1))
+        return axis if keeps or reduced > axis else axis - 1
+    return None
+
+
+def normalised(graph: Reader, node: Node) -> bool:
+    """Recognise a normalisation that is written out, with or without its gain and its shift.
+
+    Args:
+        graph: The graph.
+        node: The node that makes the result.
+
+    Returns:
+        True for a quotient by the root of a mean.
+    """
+    found: Node | None = node
+    for op in ("Add", "Mul"):
+        if found is not None and found.op == op:
+            computed = [name for name in found.inputs if graph.constant(name) is None]
+            found = graph.maker(computed[0]) if len(computed) == 1 else found
+    if found is None:
+        return False
+    root: Node | None = None
+    if found.op == "Div":
+        root = graph.maker(found.inputs[1])
+    elif found.op == "Mul":
+        root = graph.maker(_factors(graph, found)[1])
+        if root is not None and root.op in ("Reciprocal", "Div"):
+            root = graph.maker(root.inputs[-1])
+    if root is None or root.op not in ("Sqrt", "Pow"):
+        return False
+    mean = graph.maker(_unwrapped(graph, root.inputs[0]))
+    return mean is not None and mean.op == "ReduceMean"
+
+
 def unit_vectors(graph: Reader, node: Node) -> tuple[str, int] | None:
     """Recognise a division of vectors by their Euclidean length.
 
