@@ -161,6 +161,8 @@ def rest(
     """
     task = _task(Cut(model, coupling, units), sampling)
     places = task.in_order[len(task.in_front_of(short)) :]
+    if not places:
+        return start
     copies = None if change is None else _Copying(change, short)
     return _refitted(task, start, places, copies)
 
