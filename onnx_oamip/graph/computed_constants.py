@@ -381,20 +381,33 @@ def followed_views(graph: GraphProto, nodes: Mapping[str, NodeProto]) -> dict[st
 def _is_dequantised(
     node: NodeProto, stored: Mapping[str, TensorProto], nodes: Mapping[str, NodeProto]
 ) -> bool:
-    """Tests for codes times constant scales; the codes may be cast to the type of the scales."""
+    """Tests for codes or numbers of half precision, less constant zero points or times constant scales.
+
+    They may be cast to the type of the scales before.
+    """
     if has(node, Trait.DEQUANTISES):
         return True
     codes = node.input[0]
-    while codes in nodes and views.keeps_places(nodes[codes]):
+    while codes in nodes and (
+        views.keeps_places(nodes[codes]) or has(nodes[codes], Trait.SUBTRACTS)
+    ):
         codes = nodes[codes].input[0]
-    if not has(node, Trait.SCALES) or codes not in stored or node.input[1] not in stored:
+    if not has(node, Trait.SCALES | Trait.SUBTRACTS) or codes not in stored:
         return False
-    if not views.are_codes(helper.tensor_dtype_to_np_dtype(stored[codes].data_type)):
+    kind = helper.tensor_dtype_to_np_dtype(stored[codes].data_type)
+    return (views.are_codes(kind) or views.is_half(kind)) and _broadcasts(
+        node, stored, stored[codes]
+    )
+
+
+def _broadcasts(node: NodeProto, stored: Mapping[str, TensorProto], source: TensorProto) -> bool:
+    """Tests for a stored second input whose shape broadcasts to that of the source, not the other way round."""
+    if node.input[1] not in stored:
         return False
-    shape = tuple(stored[codes].dims)
-    scale = tuple(stored[node.input[1]].dims)
-    fits = zip(reversed(shape), reversed(scale), strict=False)
-    return len(scale) <= len(shape) and all(n in (1, length) for length, n in fits)
+    shape = tuple(source.dims)
+    other = tuple(stored[node.input[1]].dims)
+    fits = zip(reversed(shape), reversed(other), strict=False)
+    return len(other) <= len(shape) and all(n in (1, length) for length, n in fits)
 
 
 class Constants(Mapping[str, Array]):

@@ -270,7 +270,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.cost is None or _lacks_shapes(node, model):
             continue
-        if node.name in model.idle:
+        if node.name in model.idle or _computes_constant(node, model):
             continue
         with rule_errors(node):
             terms = spec.cost(node, model.shapes)
@@ -363,9 +363,15 @@ def _is_format(model: Model, node: Node, slot: int) -> bool:
     spec = lookup(node.domain, node.op, node.version)
     if spec is not None and spec.codes is not None:
         return slot in spec.codes.formats
-    # A Cast and a product that write a dequantisation out.
-    scales = slot > 0 and spec is not None and bool(spec.traits & Trait.SCALES)
+    # A Cast, a difference and a product that write a dequantisation out.
+    formats = Trait.SCALES | Trait.SUBTRACTS
+    scales = slot > 0 and spec is not None and bool(spec.traits & formats)
     return scales and node.outputs[0] in model.views
+
+
+def _computes_constant(node: Node, model: Model) -> bool:
+    """Tests for a node that ONNX Runtime computes once, when it loads the model."""
+    return bool(node.outputs) and all(name in model.computed for name in node.outputs if name)
 
 
 def _lacks_shapes(node: Node, model: Model) -> bool:
@@ -385,7 +391,8 @@ def uncounted(model: Model) -> tuple[Uncounted, ...]:
     """
     found: dict[tuple[str, str], list[str]] = {}
     for node in model.every:
-        reason = "" if node.name in model.idle else _why_uncounted(node, model)
+        does_not_run = node.name in model.idle or _computes_constant(node, model)
+        reason = "" if does_not_run else _why_uncounted(node, model)
         if reason:
             if node.domain:
                 operator = f"{node.domain}::{node.op}"

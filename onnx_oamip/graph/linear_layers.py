@@ -304,13 +304,29 @@ class Editor:
         for node, source in zip(reversed(path), reversed(sources), strict=True):
             others = [self._required(other) for other in node.input[1:] if other]
             shapes.insert(0, value.shape)
-            if has(node, Trait.SCALES) and self._is_own_scale(node.input[1]):
-                others = [views.wider_scale(others[0], value, codes)]
+            is_scaled = views.are_codes(codes) and has(node, Trait.SCALES)
+            if is_scaled and self._is_own_scale(node.input[1]):
+                zero = self._zero_points(path[: path.index(node)])
+                others = [views.wider_scale(others[0], value, codes, zero)]
                 result[node.input[1]] = others[0]
             value = views.write(node, value, source, others)
         if not path:
             value = value.astype(array(self.tensors[name]).dtype)
         return {**result, name: value}, shapes
+
+    def _zero_points(self, path: Sequence[onnx.NodeProto]) -> Array:
+        """Zero points that the nodes of a path subtract, in the form of its end."""
+        zero: Array = np.zeros(())
+        for node in path:
+            others = [self._required(other) for other in node.input[1:] if other]
+            if has(node, Trait.SUBTRACTS):
+                zero = np.broadcast_to(others[0], self._required(node.input[0]).shape)
+            elif zero.ndim:
+                moved = views.read(node, zero, others)
+                zero = (
+                    zero.reshape(self._required(node.output[0]).shape) if moved is None else moved
+                )
+        return zero
 
     def _is_own_scale(self, name: str) -> bool:
         """Tests for a stored scale with one reader."""

@@ -121,6 +121,18 @@ DEQUANTISED = f"""(float[N,6] x) => (float[N,4] y)
     w2 = Transpose<perm = [1, 0]>(real2)
     y = MatMul(b, w2)
 }}"""
+ZERO_POINTS = f"""(float[N,6] x) => (float[N,4] y)
+<{codes("uint8", "q1", 6, 32, low=0, high=250)}, float z1 = {{120.0}}, float scale = {{0.01}},
+float16[32,4] half, float s2 = {{0.5}}> {{
+    real = Cast<to = 1>(q1)
+    shifted = Sub(real, z1)
+    w1 = Mul(shifted, scale)
+    a = MatMul(x, w1)
+    b = Relu(a)
+    wide = Cast<to = 1>(half)
+    w2 = Mul(wide, s2)
+    y = MatMul(b, w2)
+}}"""
 FORMS = {
     "identity": (IDENTITY, 24),
     "transpose": (TRANSPOSE, 20),
@@ -132,6 +144,7 @@ FORMS = {
     "codes": (CODES, 32),
     "codes-by-column": (CODES_BY_COLUMN, 32),
     "dequantised": (DEQUANTISED, 32),
+    "zero points": (ZERO_POINTS, 32),
 }
 """Graphs with a constant in several forms, and the units that can be removed, counted by hand."""
 
@@ -317,6 +330,36 @@ def test_new_weights_are_stored_as_codes_whose_scales_reach_them(
         grown = np.maximum(largest, np.abs(stored[scale]).reshape(-1))
         np.testing.assert_allclose(np.abs(after[scale]).reshape(-1), grown, rtol=1e-5)
     assert (np.abs(seen - value) <= 0.501 * np.abs(after[scale])).all()
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_scale_reaches_new_weights_on_both_sides_of_a_zero_point(
+    factor: float, tmp_path: Path
+) -> None:
+    model: Model = load(build(ZERO_POINTS), tmp_path)
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    editor = Editor(proto)
+    reader = next(node for node in proto.graph.node if "w1" in node.input)
+    value = model.constants["w1"] * np.float32(factor)
+    editor.replace(reader, 1, value)
+    scale = next(numpy_helper.to_array(t) for t in proto.graph.initializer if t.name == "scale")
+    needed = max(float(value.max()) / (255 - 120), float(value.min()) / -120, 0.01)
+    np.testing.assert_allclose(scale, needed, rtol=1e-5)
+    assert (np.abs(editor.constant("w1") - value) <= 0.501 * scale).all()
+
+
+def test_product_of_constants_is_no_work_of_the_model(tmp_path: Path) -> None:
+    """ONNX Runtime multiplies the factors of a weight once, when it loads the model."""
+    text = """(float[N,20] x) => (float[N,4] y) <float[20,2] one, float[2,30] two, float[30,4] last> {
+        w = MatMul(one, two)  a = MatMul(x, w)  b = Relu(a)  y = MatMul(b, last) }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    assert cost.count(model).macs == 20 * 30 + 30 * 4
+    keep = random_keep(coupling, np.random.default_rng(0), 0.5)
+    cut = assert_exact(model, coupling, keep)
+    width = int(keep.sum())
+    assert cost.count(load(cut, tmp_path)).macs == 20 * width + width * 4
 
 
 def test_codes_in_several_scales_at_once_are_taken_at_run_time(tmp_path: Path) -> None:

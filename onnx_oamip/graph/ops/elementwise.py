@@ -257,7 +257,7 @@ TRAITS: dict[str, Trait] = {
     "Clip": Trait.PIECEWISE,
     "Add": Trait.BIAS | Trait.SUM | Trait.CHANNEL_AFFINE,
     "Sum": Trait.SUM,
-    "Sub": Trait.CHANNEL_AFFINE,
+    "Sub": Trait.SUBTRACTS | Trait.CHANNEL_AFFINE,
     "Mul": Trait.SCALES | Trait.CHANNEL_AFFINE,
     "Sigmoid": Trait.SATURATES,
     "HardSigmoid": Trait.SATURATES,

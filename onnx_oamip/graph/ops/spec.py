@@ -157,6 +157,8 @@ class Trait(Flag):
     """Maps codes to real numbers."""
     SCALES = auto()
     """Multiplies two inputs, element by element."""
+    SUBTRACTS = auto()
+    """Subtracts the second input from the first, element by element."""
     AVERAGES = auto()
     """Sums positions with the same factors for every channel."""
     BRANCHES = auto()

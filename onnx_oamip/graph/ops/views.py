@@ -1,7 +1,8 @@
 """Views: constants that hold the elements of an initialiser, transposed, reshaped, cast to another type or dequantised.
 
 A weight that is stored once and used in several forms is followed, cut and refitted through its views. Weights that are
-stored as codes of few bits are dequantised by DequantizeLinear, or by a Cast and a product with constant scales.
+stored as codes of few bits are dequantised by DequantizeLinear, or by a Cast, a difference from zero points and a
+product with scales, all of them constant. Those in half precision may be cast and scaled too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from onnx_oamip.graph.ops.spec import Trait
 
 VIEWS = Trait.COPIES | Trait.TRANSPOSES | Trait.RESHAPES | Trait.CASTS
 """Operators whose output holds the elements of the first input."""
+HALF_BYTES = 2
 SLACK = 1e-6
 """Relative rounding of a quotient in single precision."""
 
@@ -70,6 +72,18 @@ def are_codes(kind: np.dtype[Any]) -> bool:
     return kind.kind in "iu" and kind.itemsize == 1
 
 
+def is_half(kind: np.dtype[Any]) -> bool:
+    """Tests for an element type of 16 bits in which weights are stored to be cast.
+
+    Args:
+        kind: Element type of an initialiser.
+
+    Returns:
+        True for a floating type of two bytes.
+    """
+    return kind.itemsize == HALF_BYTES and kind.kind not in "iu"
+
+
 def read(node: NodeProto, source: Array, others: Sequence[Array]) -> Array | None:
     """Value of a view, without a copy where only its axes change.
 
@@ -90,6 +104,8 @@ def read(node: NodeProto, source: Array, others: Sequence[Array]) -> Array | Non
         return source.astype(helper.tensor_dtype_to_np_dtype(target))
     if has(node, Trait.SCALES):
         return np.asarray(source * others[0])
+    if has(node, Trait.SUBTRACTS):
+        return np.asarray(source - others[0])
     if has(node, Trait.DEQUANTISES):
         scale, zero = _quantisation(node, others, source.shape)
         return np.asarray((source.astype(np.int32) - zero).astype(scale.dtype) * scale)
@@ -114,26 +130,34 @@ def write(node: NodeProto, value: Array, source: Array, others: Sequence[Array])
         return value.reshape(source.shape)
     if has(node, Trait.SCALES):
         return _divided(value, others[0])
+    if has(node, Trait.SUBTRACTS):
+        return np.asarray(value + others[0])
     if has(node, Trait.DEQUANTISES):
         scale, zero = _quantisation(node, others, source.shape)
         return _converted(_divided(value, scale) + zero, source.dtype)
     return _converted(value, source.dtype)
 
 
-def wider_scale(scale: Array, value: Array, codes: np.dtype[Any]) -> Array:
+def wider_scale(
+    scale: Array, value: Array, codes: np.dtype[Any], zero: Array | None = None
+) -> Array:
     """Scales by which codes reach new values: the present ones where they do already.
 
     Args:
         scale: The present scales, which broadcast to the values.
         value: The new values.
         codes: Element type of the codes.
+        zero: Zero points that are subtracted from the codes, None for none.
 
     Returns:
         The new scales, none of which is smaller than before.
     """
     limits = np.iinfo(codes)
+    offset = np.zeros(()) if zero is None else zero.astype(np.float64)
     ratio = _divided(value, scale).astype(np.float64)
-    beyond = np.where(ratio > 0, ratio / limits.max, ratio / min(limits.min, -1))
+    above = np.maximum(limits.max - offset, 1)
+    below = np.minimum(limits.min - offset, -1)
+    beyond = np.where(ratio > 0, ratio / above, ratio / below)
     shared = tuple(
         axis
         for axis in range(value.ndim)
