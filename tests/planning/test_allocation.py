@@ -396,6 +396,33 @@ def test_refusal_names_the_alignment_that_binds(tmp_path: Path) -> None:
         _plan(model, coupling, macs=0.1, floor=0.5)
 
 
+def test_refusal_names_what_was_excluded(tmp_path: Path) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = exclude(model, couple(model), ("w1", "w2"))
+    with pytest.raises(
+        BudgetNotMet, match=r"; `exclude=.*` keeps channels that could go; ask for more"
+    ):
+        _plan(model, coupling, macs=0.1, exclude=("w1", "w2"))
+
+
+def test_refusal_gives_no_reason_where_nothing_is_pinned(tmp_path: Path) -> None:
+    """Input and output have one channel each."""
+    text = """(float[N,1] x) => (float[N,1] y) <float[1,8] w1, float[8,1] w2> {
+        h = MatMul(x, w1)
+        r = Relu(h)
+        y = MatMul(r, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    with pytest.raises(BudgetNotMet, match=r"most MACs then are in .* %\); the least") as caught:
+        _plan(model, couple(model), macs=0.1)
+    assert "because" not in str(caught.value)
+
+
+def test_plan_without_a_program_records_none(tmp_path: Path) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    assert _plan(model, couple(model), macs=0.5).programs == ()
+
+
 def test_widths_are_rounded_down_to_the_step_unless_full() -> None:
     widths, step, full = np.asarray([[7, 5, 9, 3], [4, 4, 3, 1], [7, 8, 10, 3]])
     assert allocation._snap(widths, step, full).tolist() == [7, 4, 9, 3]
