@@ -71,7 +71,7 @@ TESTS = {
     "objective.losses": ["tests/objective/test_losses.py"],
     "objective.measures": ["tests/objective/test_measures.py"],
     "planning.allocation": PLANS,
-    "planning.budget_program": PLANS,
+    "planning.budget_program": ["tests/programs/test_program_files.py", *PLANS],
     "planning.sensitivity": [
         "tests/planning/test_sensitivity.py",
         "-k",

@@ -396,6 +396,39 @@ def test_refusal_names_the_alignment_that_binds(tmp_path: Path) -> None:
         _plan(model, coupling, macs=0.1, floor=0.5)
 
 
+def test_program_without_widths_names_what_keeps_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise BudgetNotMet("the solver found no widths.")
+
+    monkeypatch.setattr(allocation, "choose", none)
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    ledger = cost.ledger(model, coupling)
+    full = cost.full_widths(coupling)
+    scores = Scores("given", np.zeros(coupling.n_units))
+
+    def refusal(align: int) -> str:
+        asked = Settings.create(macs=0.5, allocate="mip", align=align, floor=0.25)
+        limit = allocation.limits(asked.budget, ledger.cost(full), 0)
+        with pytest.raises(BudgetNotMet) as caught:
+            allocation.allocate(
+                coupling,
+                ledger,
+                scores,
+                limit,
+                asked,
+                step=np.full_like(full, align),
+                ladder=_losses(full.tolist()),
+            )
+        return str(caught.value)
+
+    reason = "the solver found no widths; what keeps widths up: `floor=0.25`"
+    assert refusal(4) == f"{reason}, `align=4`."
+    assert refusal(1) == f"{reason}."
+
+
 def test_refusal_names_what_was_excluded(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = exclude(model, couple(model), ("w1", "w2"))

@@ -539,6 +539,27 @@ def test_solver_that_never_meets_the_limit_falls_back_to_the_greedy_plan(
     np.testing.assert_allclose(over, 2.0, rtol=0.01)
 
 
+def test_loss_over_its_bound_narrows_the_bound_by_twice_the_excess(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, coupling, ledger = net("dense")
+    ladder = random_ladder(full_widths(coupling), 0)
+    most = 0.5 * loss_of(ladder, np.asarray([w[0] for w in ladder.widths]))
+    asked: list[np.ndarray] = []
+
+    def wrong(program: solvers.Program, *_: object) -> Solution:
+        asked.append(program.row_upper)
+        narrow = np.zeros(
+            program.n_variables
+        )  # every group as narrow as can be, at twice the bound
+        return Solution(Termination.OPTIMAL, None, narrow, None, 0.0, None, 1.0, "highs")
+
+    monkeypatch.setattr(budget_program, "solve", wrong)
+    choose(ledger, fewest_units(ladder, most), CostLimits(), solver_limits=EXACT)
+    narrowed = asked[0] - asked[1]
+    assert narrowed[narrowed != 0] == pytest.approx([2.0])
+
+
 def test_solver_without_a_solution_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     _, coupling, ledger = net("dense")
 
