@@ -265,8 +265,8 @@ TEXT = {
         (
             "Models pruned to half the MACs on 32 samples, with one worker and two, with the default batch and with 7 "
             "samples a run: the number of different files and of different reports (all of the JSON but times and the "
-            "division of the work; measures on held-out samples to four digits, as ONNX Runtime rounds the outputs of a "
-            "larger batch differently), and the digest of the file, which holds for one release of ONNX Runtime."
+            "division of the work; measures on held-out samples to four digits, as ONNX Runtime rounds outputs of "
+            "another batch size differently), and the digest of the file, which holds for one release of ONNX Runtime."
         ),
     ),
     "memory": (
