@@ -13,7 +13,8 @@ COLUMNS = 64
 CONSTANT = 1e-10
 """Variance of a column over its squared mean below which it only varies by rounding."""
 DEAD = 1e-12
-"""Variance of a column over the largest one below which it counts as constant."""
+"""Variance of a column over the largest one below which it counts as constant, as the rounding of large numbers that
+cancel out has that size; unless its mean shows that its numbers are small by themselves."""
 
 
 def _nothing() -> Floats:
@@ -77,7 +78,11 @@ class Moments:
             Positive divisors (columns,); the mean variance in all of them if there are more than ``COLUMNS``.
         """
         own = self.deviation / np.maximum(self.count, 1)
-        live = (own > CONSTANT * np.square(self.mean)) & (own > DEAD * own.max(initial=0.0))
+        squared_mean = np.square(self.mean)
+        is_small_by_itself = squared_mean > own
+        live = (own > CONSTANT * squared_mean) & (
+            (own > DEAD * own.max(initial=0.0)) | is_small_by_itself
+        )
         if not live.any():
             if own.size:
                 square = float((own + np.square(self.mean)).mean())

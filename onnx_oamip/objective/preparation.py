@@ -138,7 +138,7 @@ def _by_size(objective: Objective) -> Objective:
             terms.append(term)
             continue
         note = (
-            f"output '{term.output}' is taken for values, as the spread of one column is {ratio:.0f} times that of "
+            f"output '{term.output}' is taken for values, as the spread of one column is {ratio:,.0f} times that of "
             f"another; `outputs={term.output}=classes` says otherwise"
         )
         notes = [note if other == term.assumption else other for other in notes]

@@ -16,6 +16,7 @@ from onnx_oamip.core.records import Model, Objective
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.objective import detect, preparation, scale, spread_rare
+from onnx_oamip.objective.moments import Moments
 from onnx_oamip.statistics import relevance
 from onnx_oamip.statistics.collector import parts
 
@@ -138,3 +139,15 @@ def test_columns_of_very_different_size_are_values(size: float, kind: str, tmp_p
     assert found.notes == (found.terms[0].assumption,)
     assert ("times that of another" in found.notes[0]) == (kind == "values")
     assert relevance.applies(found) == (kind == "values")
+
+
+def test_small_column_beside_a_large_one_is_scaled_by_its_own_variance() -> None:
+    """A price in hundreds of thousands beside a grade of 3.5 +- 0.2; a sum of large numbers that cancel is rounding."""
+    rng = np.random.default_rng(0)
+    price = 3e5 * rng.standard_normal(200)
+    grade = 3.5 + 0.2 * rng.standard_normal(200)
+    rounding = 1e-3 * rng.standard_normal(200)
+    moments = Moments()
+    moments.update(np.stack([price, grade, rounding], axis=1))
+    expected = price.var(), grade.var(), (price.var() + grade.var()) / 2
+    np.testing.assert_allclose(moments.divisors(), expected)
