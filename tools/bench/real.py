@@ -115,5 +115,5 @@ def _row(bench: Bench, options: tuple[str, ...], cache: Path, seed: int, one_pas
         **row,
         **{column: judged[column] for column in kept},
         "agreement": judged["after"],
-        "latency": None if latency is None else round(latency["ratio"], 3),
+        "latency": None if latency is None else round(latency["median"], 3),
     }
