@@ -360,6 +360,10 @@ def _stored(name: str, value: Any) -> Stored:
         array = np.empty(0, object)
     if array.dtype != object or (isinstance(value, np.ndarray) and array.ndim != 1):
         return out_of_core.native(array)
+    if array.ndim == 0 and array.size:
+        raise DataError(
+            f"the data: '{name}' is a {type(value).__name__}; expected an array of numbers, samples along axis 0."
+        )
     collector = FeedCollector("the data")
     for sample in value:
         if sample is None or isinstance(sample, (dict, set)):

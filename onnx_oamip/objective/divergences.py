@@ -185,6 +185,24 @@ def directions(values: Floats) -> Floats:
         return np.asarray(np.divide(near, length, out=np.zeros_like(near), where=length != 0))
 
 
+def padded_sum(one: Floats, other: Floats) -> Floats:
+    """Add up sums by class, of which one may have more classes: feeds of unequal length choose among their positions.
+
+    Args:
+        one: Sums (classes, ...), or one number.
+        other: Sums (more or fewer classes, ...), or one number.
+
+    Returns:
+        The total, with as many classes as the longer of the two.
+    """
+    if not one.ndim or not other.ndim or len(one) == len(other):
+        return np.asarray(one + other)
+    short, long = sorted((one, other), key=len)
+    total: Floats = long.copy()
+    total[: len(short)] += short
+    return total
+
+
 def lost(loss: Floats) -> Floats:
     """Replace NaN in losses by infinity.
 

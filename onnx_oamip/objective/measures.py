@@ -29,7 +29,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.records.objective import Measure, Objective, Term
 from onnx_oamip.data.dataset import DOMINANT
-from onnx_oamip.objective.divergences import angle, squared_error
+from onnx_oamip.objective.divergences import angle, padded_sum, squared_error
 from onnx_oamip.objective.moments import COLUMNS, Moments
 from onnx_oamip.objective.normaliser import cutoff
 
@@ -140,7 +140,8 @@ class _Counter:
     def add(self, **sums: Floats | float) -> None:
         """Add up sums by name."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, np.zeros(())) + np.asarray(value, np.float64)
+            before = self.sums.get(name, np.zeros(()))
+            self.sums[name] = padded_sum(before, np.asarray(value, np.float64))
 
     def sum(self, name: str) -> float:
         """A sum that is one number."""

@@ -33,6 +33,7 @@ from onnx_oamip.objective.divergences import (
     directions,
     log_binary,
     log_classes,
+    padded_sum,
     weighted,
 )
 from onnx_oamip.objective.moments import Moments
@@ -189,7 +190,7 @@ class _Answers:
         self.sums = (
             sums
             if self.sums is None
-            else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
+            else tuple(padded_sum(a, b) for a, b in zip(self.sums, sums, strict=True))
         )
 
     def may_be_probabilities(self, rows: Floats) -> bool:
@@ -246,7 +247,9 @@ class _Classes(_Answers):
             self.by_decision = None
             return
         for decision, values in sums.items():
-            self.by_decision[decision] = self.by_decision.get(decision, 0.0) + values
+            self.by_decision[decision] = padded_sum(
+                self.by_decision.get(decision, values[:0]), values
+            )
         if sum(values.size for values in self.by_decision.values()) > MAX_SUMS:
             self.by_decision = None
 
@@ -263,7 +266,7 @@ class _Classes(_Answers):
             background = most
             low = 0.5 / share
             high = 0.5 / (1 - share)
-            inside = self.by_decision[most]
+            inside = padded_sum(self.by_decision[most], inside)
         weight = np.full(len(decided), high)
         weight[background] = low
         mean = (low * inside + high * (probability - inside)) / total

@@ -321,19 +321,35 @@ class Graph:
             return None if is_over_positions else 0
         if rank is None or rank < 2:
             return None
-        found = self._channels(tensor, 0)
-        if found is not None:
-            return None if found == ONE_COLUMN else found
         shape = self.shape(tensor)
-        if shape is None:
-            return 1
-        declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
+        declared = self._declared(tensor)
         # A declared shape may contradict the inferred one.
         dims = declared if declared and len(declared) == rank else shape
+        found = self._channels(tensor, 0)
+        if found is not None:
+            # Similarities of all pairs of two inputs have as many columns as one of these has samples.
+            is_over_pairs = dims is not None and dims[found] in self.model.bindings
+            return None if found == ONE_COLUMN or is_over_pairs else found
+        if shape is None or dims is None:
+            return 1
         # Channels have a fixed number, and surely not one that the inputs vary, such as the batch.
         possible = [axis for axis in {1, rank - 1} if dims[axis] not in self.model.bindings]
         fixed = [axis for axis in possible if isinstance(dims[axis], int)]
         return min(fixed or possible, key=lambda axis: (shape[axis], axis), default=None)
+
+    def _declared(self, tensor: str) -> tuple[int | str | None, ...] | None:
+        """Declared dimensions of a tensor that is a graph output, itself or through a copy."""
+        for port in self.model.outputs:
+            name = port.name
+            while (
+                name != tensor
+                and (node := self.maker(name)) is not None
+                and has(node, Trait.COPIES)
+            ):
+                name = node.inputs[0]
+            if name == tensor:
+                return port.dims
+        return None
 
     def _is_one_row(self, tensor: str) -> bool:
         """Test for a vector without an axis of samples, as a squeeze of a fixed batch of one leaves it."""
@@ -376,10 +392,26 @@ class Graph:
             coordinates = self._coordinates(source)
             columns = None if coordinates is None else self._matching(source, tensor, coordinates)
             return ONE_COLUMN if columns is None else columns
+        if node.op in kinds.REDUCTIONS:
+            return self._reduced(node, depth)
         for name in node.inputs:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
         return None
+
+    def _reduced(self, node: Node, depth: int) -> int | None:
+        """The channel axis behind a sum, a mean or the like over some axes."""
+        source = node.inputs[0]
+        rank = self.rank(source)
+        axes = self.integers(node, 1, "axes")
+        inner = self._channels(source, depth + 1)
+        if inner is None or inner == ONE_COLUMN or rank is None or axes is None:
+            return inner if axes is not None else None
+        reduced = {axis % rank for axis in axes}
+        if inner in reduced:
+            return ONE_COLUMN
+        keeps = bool(node.attrs.get("keepdims", 1))
+        return inner if keeps else inner - sum(axis < inner for axis in reduced)
 
     def _coordinates(self, tensor: str) -> int | None:
         """The axis of coordinates that each are a mean over bins, as of boxes by distributions; None without.

@@ -70,3 +70,22 @@ def test_costs_and_errors_are_those_of_the_samples(tmp_path: Path) -> None:
     assert report.verification.output_relative_error == pytest.approx(error, rel=1e-3)
     assert report.verification.masked_equivalence is not None
     assert report.verification.masked_equivalence < 1e-5
+
+
+def test_positions_may_be_the_classes() -> None:
+    """A pointer: the softmax chooses among as many positions as the feed has."""
+    text = """(float[1,T,6] x) => (float[1,T] p) <float[6,16] w, float[16,1] v, int64[1] last = {2}> {
+        h = MatMul(x, w)  r = Relu(h)  s = MatMul(r, v)  l = Squeeze(s, last)  p = Softmax(l) }"""
+    rng = np.random.default_rng(0)
+    feeds = [
+        {"x": rng.standard_normal((1, n, 6)).astype(np.float32)} for n in rng.integers(3, 9, 30)
+    ]
+    proto = build(text)
+    options = Settings(macs=0.5, align=1, force=True, cache="off")
+    pruned = prune(proto, feeds[:20], settings=options, eval_data=feeds[20:])
+    before, after = (
+        [Session(model, "cpu").run(feed)[0].argmax() for feed in feeds[20:]]
+        for model in (proto, pruned.model)
+    )
+    same = float(np.mean(np.equal(before, after)))
+    assert pruned.report.verification.agreement == pytest.approx(same)

@@ -108,6 +108,7 @@ def test_pickled_objects_are_never_loaded(model: Model, tmp_path: Path) -> None:
     np.savez(tmp_path / "o.npz", x=np.asarray([{"a": 1}], dtype=object))
     _refused(tmp_path / "o.npz", model, "o.npz cannot be read as numpy data")
     _refused({"x": np.asarray([None] * 10, dtype=object)}, model, "holds Python objects")
+    _refused({"x": None}, model, "'x' is a NoneType; expected an array of numbers")
 
 
 def test_npy_needs_one_input(pair: Model, tmp_path: Path) -> None:

@@ -433,6 +433,23 @@ PATTERNS: dict[str, Pattern] = {
         "r = Sqrt(w2) i = Reciprocal(r) y = Mul(l, i)",
         ("values", "y", 2),
     ),
+    "mean over channels": maps(
+        "float[N, 8, 8] y",
+        "a = Constant <value_ints = [1]> () y = ReduceMean <keepdims = 0> (l, a)",
+        ("values", "y", None),
+        opset=18,
+    ),
+    "maximum over positions": sequence(
+        "float[] y",
+        "a = Constant <value_ints = [1]> () y = ReduceMax <keepdims = 0> (l, a)",
+        ("ambiguous", "y", 1),
+        opset=18,
+    ),
+    "similarities of all pairs of two batches": Pattern(
+        "(float[N, 6] x, float[M, 6] z) => (float[N, M] y) <float[6, 4] w> "
+        "{ a = MatMul(x, w) b = MatMul(z, w) t = Transpose(b) s = MatMul(a, t) y = Identity(s) }",
+        (("values", "s", None),),
+    ),
     "an operator that nobody knows": Pattern(
         "(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }",
         (("ambiguous", "y", 1),),

@@ -183,6 +183,20 @@ COUNTS = frozenset({"Shape", "Size"})
 """Operators that give the lengths of their input."""
 SIGN = frozenset({"Sign"})
 """Compares with zero."""
+REDUCTIONS = frozenset(
+    {
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+    }
+)
+"""Give one number for all entries along some axes."""
 LOGARITHMS = frozenset({"Log", "LogSoftmax"})
 COMPOSED = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "LpNormalization"})
 """Operators that exporters also write out in elementary ones (``compositions``)."""
