@@ -9,7 +9,9 @@ import numpy as np
 from onnx_oamip.core.records import Floats
 
 COLUMNS = 64
-"""Columns that are scaled one by one; more of them share their mean variance."""
+"""Columns that are scaled one by one; more of them share their mean variance where they are similar."""
+SIMILAR = 100.0
+"""Largest variance over the smallest one up to which many columns are similar."""
 CONSTANT = 1e-10
 """Variance of a column over its squared mean below which it only varies by rounding."""
 DEAD = 1e-12
@@ -75,7 +77,8 @@ class Moments:
             usual: Divisors (columns,) found on other samples, for columns that are all constant here.
 
         Returns:
-            Positive divisors (columns,); the mean variance in all of them if there are more than ``COLUMNS``.
+            Positive divisors (columns,); the mean variance in all of them if there are more than ``COLUMNS`` similar
+            ones.
         """
         own = self.deviation / np.maximum(self.count, 1)
         squared_mean = np.square(self.mean)
@@ -91,6 +94,6 @@ class Moments:
             if usual is None:
                 return np.full(max(own.size, 1), square or 1.0)
             return usual
-        if own.size > COLUMNS:
+        if own.size > COLUMNS and own[live].max() <= SIMILAR * own[live].min():
             return np.full(own.size, float(own.mean()))
         return np.where(live, own, float(own[live].mean()))

@@ -21,6 +21,7 @@ from onnx_oamip.core.records import Array, Coupling, Floats, Model, Objective
 from onnx_oamip.core.records.objective import Term
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
+from onnx_oamip.graph.ops import Trait, has
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
@@ -75,7 +76,11 @@ def collect(
     probe = _Probe(model, objective, places, feeds, device)
     result = {}
     for i, place in enumerate(places):
-        result[place.node.name] = probe.weights(place, np.random.default_rng((seed, i)))
+        values = probe.weights(place, np.random.default_rng((seed, i)))
+        variance = _variance_of_columns(place, model, objective)
+        if variance is not None and len(variance) == len(values) > SINGLE:
+            values = values * variance.mean() / variance
+        result[place.node.name] = values
         if progress:
             progress("relevance", i + 1, len(places))
     top = max(float(values.max()) for values in result.values())
@@ -100,6 +105,22 @@ def _is_uneven(term: Term) -> bool:
         return False
     variance = term.scale.variance
     return bool(variance.max(initial=0.0) > UNEVEN * variance.min(initial=np.inf))
+
+
+def _variance_of_columns(place: Site, model: Model, objective: Objective) -> Floats | None:
+    """Variances of the columns of an uneven term that a node makes, at most with a bias; None for other nodes."""
+    uneven = {term.tensor: term for term in objective.judged if _is_uneven(term)}
+    tensor = place.node.outputs[0]
+    while tensor not in uneven:
+        readers = [node for node in model.nodes if tensor in node.inputs]
+        if len(readers) != 1 or not has(readers[0], Trait.BIAS | Trait.IDENTITY | Trait.CASTS):
+            return None
+        others = [name for name in readers[0].inputs if name != tensor]
+        if not all(name in model.constants for name in others):
+            return None
+        tensor = readers[0].outputs[0]
+    scale = uneven[tensor].scale
+    return None if scale is None else scale.variance
 
 
 def passes(model: Model, coupling: Coupling) -> int:

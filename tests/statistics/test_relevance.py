@@ -108,18 +108,23 @@ def test_rare_positives_are_found_and_their_recall_reported(tmp_path: Path) -> N
     assert len(constants(onnx.load(tmp_path / "out.onnx"))["b"]) < 32
 
 
-def test_small_column_is_kept_beside_a_large_one(tmp_path: Path) -> None:
-    """Half of the units serve each of two columns, and both lose alike where the first is 100 times as large."""
-    text = """(float[N,8] x) => (float[N,2] y) <float[8,32] w, float[32,2] v>
-        { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"""
+@pytest.mark.parametrize(("columns", "limit"), [(1, 0.06), (40, 0.3)])
+def test_small_columns_are_kept_beside_large_ones(columns: int, limit: float) -> None:
+    """Half of the units serve each half of the columns, and both lose alike where the first is 100 times as large."""
+    text = f"""(float[N,8] x) => (float[N,{2 * columns}] y) <float[8,32] w, float[32,{2 * columns}] v>
+        {{ h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }}"""
     proto = build(text)
-    weight = np.random.default_rng(3).standard_normal((32, 2)) * np.geomspace(1, 0.1, 32)[:, None]
+    gains = np.geomspace(1, 0.1, 32)[:, None]
+    weight = np.random.default_rng(3).standard_normal((32, 2, columns)) * gains[..., None]
     weight[::2, 0] = weight[1::2, 1] = 0
     weight[:, 0] *= 100
-    replace_weight(proto, "v", weight.astype(np.float32))
+    replace_weight(proto, "v", weight.reshape(32, -1).astype(np.float32))
     settings = Settings(
         macs=0.5, align=1, workers=1, refit="none", cache="off", outputs={"y": "values"}
     )
     pruned = prune(proto, {"x": X[:200]}, settings=settings)
     truth, found = (Session(model, "cpu").run({"x": X[200:]})[0] for model in (proto, pruned.model))
-    assert (np.square(found - truth).mean(axis=0) < 0.05 * truth.var(axis=0)).all()
+    error = np.square(found - truth).mean(axis=0) / truth.var(axis=0)
+    assert (error.reshape(2, -1).mean(axis=1) < limit).all()
+    report = pruned.report.verification.outputs[0]
+    assert report.values["error_over_variance"] == pytest.approx(error.mean(), rel=0.5)

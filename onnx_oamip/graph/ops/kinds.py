@@ -217,6 +217,7 @@ KEEP_PROBABILITIES = frozenset(
 """Operators that make probabilities of probabilities."""
 NOT_SCORES = frozenset(
     {
+        "Clip",
         "Cos",
         "Erf",
         "GRU",
