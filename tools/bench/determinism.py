@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,8 @@ SAMPLES = 32
 WORKERS = (1, 2)
 BATCHES = (None, 7)
 """Samples a run; None is the default."""
+DIVISIONS = tuple(itertools.product(WORKERS, BATCHES))
+UNFINISHED = "determinism-unfinished.json"
 COLUMNS = ("model", "onnxruntime", "runs", "MACs kept %", "files", "reports", "file")
 DIGITS = 4
 """Digits of a measure that are compared: ONNX Runtime rounds outputs differently in batches of another size."""
@@ -41,36 +44,83 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     for name in names or tuple(MODELS):
         stem = Path(name).stem if name.endswith(".onnx") else name
         if not any((row["model"], row["onnxruntime"]) == (stem, here) for row in rows):
-            rows.append({"model": stem, "onnxruntime": here, **_row(name, seed)})
+            for workers, batch in DIVISIONS:
+                prune_once(out, seed, name, workers, batch)
+            unfinished = _unfinished(out)
+            rows.append({"model": stem, "onnxruntime": here, **_row(unfinished.pop(name))})
             print(rows[-1], flush=True)
             store(out, "determinism", rows, COLUMNS, seed, measured=measured)
+            _keep(out, unfinished)
     return save(out, "determinism", rows, COLUMNS, seed, measured=measured)
 
 
-def _row(name: str, seed: int) -> Row:
-    if name.endswith(".onnx"):
-        model, source = Path(name), Path(name).with_suffix(".npz")
-    else:
-        model, source = paths(name)
-    divisions = list(itertools.product(WORKERS, BATCHES))
-    files, reports = set(), set()
+def prune_once(out: Path, seed: int, name: str, workers: int, batch: int | None) -> None:
+    """Prune a model with one division of the work, unless an earlier run did, and save what it gave.
+
+    Args:
+        out: Folder of the study.
+        seed: Seed of the run.
+        name: A shipped model, or the path of an ONNX file.
+        workers: Number of workers.
+        batch: Samples a run; None for the default.
+    """
+    found = _unfinished(out)
+    done = found.setdefault(name, {})
+    key = f"{workers} workers, batch {batch}, ONNX Runtime {environment()['onnxruntime']}"
+    if key in done:
+        return
+    model, source = (
+        (Path(name), Path(name).with_suffix(".npz")) if name.endswith(".onnx") else paths(name)
+    )
     measured = proof.compare_latency
     proof.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
     try:
-        for workers, batch in divisions:
-            with TemporaryDirectory() as folder:
-                target = Path(folder) / "out.onnx"
-                report = prune(model, str(source), target, _settings(seed, workers, batch))
-                files.add(hashlib.sha256(target.read_bytes()).hexdigest())
-                reports.add(_timeless(report, folder))
+        with TemporaryDirectory() as folder:
+            target = Path(folder) / "out.onnx"
+            report = prune(model, str(source), target, _settings(seed, workers, batch))
+            done[key] = {
+                "file": hashlib.sha256(target.read_bytes()).hexdigest(),
+                "report": hashlib.sha256(_timeless(report, folder).encode()).hexdigest(),
+                "kept": report.after.macs / report.before.macs,
+            }
     finally:
         proof.compare_latency = measured
+    _keep(out, found)
+
+
+Runs = dict[str, dict[str, Any]]
+"""What each run of a model gave, by the division of the work."""
+
+
+def _keep(out: Path, unfinished: Mapping[str, Runs]) -> None:
+    """Save the runs of models whose row is not complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    saved = out / UNFINISHED
+    if unfinished:
+        saved.write_text(json.dumps(unfinished, indent=1) + "\n", encoding="utf-8")
+    else:
+        saved.unlink(missing_ok=True)
+
+
+def _unfinished(out: Path) -> dict[str, Runs]:
+    """Runs of models whose row is not complete, by model."""
+    saved = out / UNFINISHED
+    found: dict[str, Runs] = {}
+    if saved.exists():
+        found = json.loads(saved.read_text(encoding="utf-8"))
+    return found
+
+
+def _row(runs: Runs) -> Row:
+    here = environment()["onnxruntime"]
+    own = [found for key, found in runs.items() if key.endswith(f" {here}")]
+    files = sorted({found["file"] for found in own})
     return {
-        "runs": len(divisions),
-        "MACs kept %": round(100 * report.after.macs / report.before.macs, 2),
+        "runs": len(own),
+        "MACs kept %": round(100 * own[0]["kept"], 2),
         "files": len(files),
-        "reports": len(reports),
-        "file": min(files)[:12],
+        "reports": len({found["report"] for found in own}),
+        "file": files[0][:12],
     }
 
 

@@ -158,6 +158,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             with TemporaryDirectory() as folder:
                 rows.append(_row(name, Path(folder), seed))
             print(rows[-1], flush=True)
+            rows.sort(key=lambda row: (*MODELS, *MADE).index(row["model"]))
             store(out, "limits", rows, COLUMNS, seed, CLOCKED)
     return save(out, "limits", rows, COLUMNS, seed, CLOCKED)
 
