@@ -57,6 +57,26 @@ def test_training_that_was_done_is_not_done_again(
     assert called == [("apply", "net.onnx", "--recover", 7, "--json", "-o", target)]
 
 
+def test_latency_of_a_busy_machine_does_not_end_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[object, ...]] = []
+
+    def call(*arguments: object) -> dict[str, object]:
+        called.append(arguments)
+        if arguments[0] == "apply":
+            raise recover.Failed("stop here")
+        return {}
+
+    monkeypatch.setattr(recover, "_call", call)
+    case = recover.Case("vit-fashion", 0.25, 512, 10)
+    with pytest.raises(recover.Failed):
+        recover._row(case, recover.paths(case.name), tmp_path / "kept", 0)
+    plan, applied = called
+    assert plan[plan.index("--align") + 1] == 1  # nor does it choose the widths
+    assert "--force" in applied
+
+
 def test_more_images_are_added_to_those_that_are_shipped(tmp_path: Path) -> None:
     more = np.arange(3 * 784, dtype=np.uint32).astype(np.uint8)
     header = b"\0" * 16
