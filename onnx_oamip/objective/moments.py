@@ -11,7 +11,11 @@ from onnx_oamip.core.records import Floats
 COLUMNS = 64
 """Columns that are scaled one by one; more of them share their mean variance where they are similar."""
 SIMILAR = 100.0
-"""Largest variance over the smallest one up to which many columns are similar."""
+"""Largest variance over a small one up to which many columns are similar."""
+MANY = 16
+"""Columns up to which the smallest variance is that of all of them."""
+TAIL = 0.1
+"""Share of many columns whose small variances say nothing, as those of words that never occur."""
 CONSTANT = 1e-10
 """Variance of a column over its squared mean below which it only varies by rounding."""
 DEAD = 1e-12
@@ -21,6 +25,19 @@ cancel out has that size; unless its mean shows that its numbers are small by th
 
 def _nothing() -> Floats:
     return np.zeros(0)
+
+
+def variance_range(variances: Floats) -> tuple[float, float]:
+    """Find a small and a large variance of several columns.
+
+    Args:
+        variances: Variances (columns,), at least one.
+
+    Returns:
+        The smallest one, of more than ``MANY`` columns that which the share ``TAIL`` is below, and the largest one.
+    """
+    tail = TAIL if variances.size > MANY else 0.0
+    return float(np.quantile(variances, tail, method="nearest")), float(variances.max())
 
 
 @dataclass
@@ -94,6 +111,7 @@ class Moments:
             if usual is None:
                 return np.full(max(own.size, 1), square or 1.0)
             return usual
-        if own.size > COLUMNS and own[live].max() <= SIMILAR * own[live].min():
+        low, high = variance_range(own[live])
+        if own.size > COLUMNS and high <= SIMILAR * low:
             return np.full(own.size, float(own.mean()))
         return np.where(live, own, float(own[live].mean()))

@@ -20,6 +20,7 @@ from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph.outputs import is_float, with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective.detection import detect
+from onnx_oamip.objective.moments import variance_range
 from onnx_oamip.objective.normaliser import Normaliser
 from onnx_oamip.objective.position_weights import has_rare_decisions, weights_of
 
@@ -132,8 +133,8 @@ def _by_size(objective: Objective) -> Objective:
         if term.kind != "ambiguous" or term.scale is None:
             terms.append(term)
             continue
-        spread = np.sqrt(term.scale.variance)
-        ratio = float(spread.max() / spread.min())
+        low, high = variance_range(term.scale.variance)
+        ratio = float(np.sqrt(high / low))
         if ratio < UNLIKE_SCORES:
             terms.append(term)
             continue

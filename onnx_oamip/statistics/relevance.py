@@ -26,6 +26,7 @@ from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective import compare
+from onnx_oamip.objective.moments import variance_range
 from onnx_oamip.statistics.layer_problems import TINY, Problem
 
 SAMPLES = 64
@@ -103,8 +104,8 @@ def _is_uneven(term: Term) -> bool:
     """Test for columns of sizes so different that the largest would drown the others in a sum of squared errors."""
     if term.kind not in ("values", "ambiguous") or term.scale is None:
         return False
-    variance = term.scale.variance
-    return bool(variance.max(initial=0.0) > UNEVEN * variance.min(initial=np.inf))
+    low, high = variance_range(term.scale.variance)
+    return high > UNEVEN * low
 
 
 def _variance_of_columns(place: Site, model: Model, objective: Objective) -> Floats | None:

@@ -151,3 +151,17 @@ def test_small_column_beside_a_large_one_is_scaled_by_its_own_variance() -> None
     moments.update(np.stack([price, grade, rounding], axis=1))
     expected = price.var(), grade.var(), (price.var() + grade.var()) / 2
     np.testing.assert_allclose(moments.divisors(), expected)
+
+
+@pytest.mark.parametrize(("small", "shared"), [(5, True), (40, False), (99, False)])
+def test_many_columns_share_a_variance_unless_many_are_smaller(small: int, shared: bool) -> None:
+    """A few words that never occur do not change the scale of a vocabulary; two kinds of numbers do."""
+    rows = np.random.default_rng(0).standard_normal((50, 100))
+    rows[:, :small] *= 0.01
+    moments = Moments()
+    moments.update(rows)
+    found = moments.divisors()
+    if shared:
+        np.testing.assert_allclose(found, rows.var(axis=0).mean())
+    else:
+        np.testing.assert_allclose(found, rows.var(axis=0))
