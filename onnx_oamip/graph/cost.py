@@ -417,7 +417,8 @@ def _why_uncounted(node: Node, model: Model) -> str:
     multiplies = node.op in kinds.LINEAR_MODELS or any(
         part in node.op for part in kinds.LINEAR_KERNELS
     )
-    reads_weight = any(
+    # An operator of the standard that multiplies by weights says so in its name.
+    reads_weight = node.domain not in kinds.STANDARD_DOMAINS and any(
         name in model.constants
         and len(model.shapes[name]) > 1
         and (is_float(model.dtypes[name]) or model.dtypes[name].itemsize == 1)

@@ -137,6 +137,12 @@ def test_operators_that_are_not_counted_are_named(tmp_path: Path) -> None:
     assert cost.count(model).macs == 40
 
 
+def test_operator_of_the_standard_that_reads_a_table_does_no_products(tmp_path: Path) -> None:
+    text = """(float[N,5] x, bool[4] chosen) => (float[N,3] y, float[k,6] z) <float[5,3] w, float[4,6] table> {
+        y = MatMul(x, w)  z = Compress <axis = 0> (table, chosen) }"""
+    assert cost.uncounted(load(build(text), tmp_path)) == ()
+
+
 def test_model_of_known_operators_has_nothing_to_note(tmp_path: Path) -> None:
     text = "(float[N,5] x) => (float[N,3] y) <float[5,3] w> { h = MatMul(x, w)  y = Relu(h) }"
     assert cost.uncounted_note(load(build(text), tmp_path)) == ""

@@ -50,6 +50,8 @@ LINEAR_KERNELS = ("Conv", "Gemm", "MatMul", "Attention", "Einsum", "LSTM", "GRU"
 """A kernel whose operator contains one of these does the arithmetic of a linear node, whatever was fused into it."""
 LINEAR_MODELS = frozenset({"LinearClassifier", "LinearRegressor", "SVMClassifier", "SVMRegressor"})
 """Operators of ``ai.onnx.ml`` that multiply by coefficients which are attributes."""
+STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
+"""Names of ONNX's own domain."""
 DESCRIBED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains whose operators are known by their names, those without an entry among them."""
 GROWING = frozenset(
