@@ -34,7 +34,9 @@ MAX_SPREAD = 1 / RIDGE
 """Variance over the median variance from which an input would make ridges larger than the median; it is scaled down."""
 
 COPIES = 6
-"""Arrays of the size of a consumer's covariance that the problem of a group takes at the same time."""
+"""Arrays of the size of a consumer's covariance or weight that the problem of a group takes at the same time."""
+VALUE_BYTES = 8
+"""Bytes of a value in double precision."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,7 @@ def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
 
 def parallel_groups(
     requested: int | None,
+    model: Model,
     grams: Mapping[str, Gram],
     max_memory: int | None,
 ) -> int | None:
@@ -298,16 +301,21 @@ def parallel_groups(
 
     Args:
         requested: Number of threads asked for; None for one per processor.
+        model: The model.
         grams: Covariances by consumer node.
         max_memory: Target for memory in bytes; None for no bound.
 
     Returns:
         The number of threads, at least 1: those whose arrays take half of the memory if every group had the largest
-        covariance. ``requested`` where there is no bound.
+        covariance, or the largest weight in double precision. ``requested`` where there is no bound.
     """
     if max_memory is None:
         return requested
     largest = max((gram.values.nbytes for gram in grams.values()), default=0)
+    for node in model.nodes:
+        layer = site(node, model.constants) if node.name in grams else None
+        if layer is not None:
+            largest = max(largest, VALUE_BYTES * model.constants[layer.weight].size)
     within = max_memory // 2 // max(1, COPIES * largest)
     return max(1, min(requested or os.cpu_count() or 1, within))
 

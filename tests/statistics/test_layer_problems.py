@@ -27,16 +27,27 @@ def _gram(size: int) -> Gram:
     )
 
 
-def test_groups_side_by_side_take_half_of_the_memory() -> None:
-    grams = {"a": _gram(10), "b": _gram(100)}
+def test_groups_side_by_side_take_half_of_the_memory(tmp_path: Path) -> None:
+    model = load(build(MLP), tmp_path)
+    first, second, *_ = (n.name for n in model.nodes if n.op in ("Gemm", "MatMul"))
+    grams = {first: _gram(10), second: _gram(100)}
     group = COPIES * 8 * 100**2
-    assert parallel_groups(7, grams, None) == 7
-    assert parallel_groups(None, grams, None) is None
-    assert parallel_groups(7, grams, 2 * 3 * group) == 3
-    assert parallel_groups(2, grams, 2 * 3 * group) == 2
-    assert parallel_groups(7, grams, group) == 1
-    assert parallel_groups(None, grams, 2 * 10**4 * group) == os.cpu_count()
-    assert parallel_groups(7, {}, 1) == 1
+    assert parallel_groups(7, model, grams, None) == 7
+    assert parallel_groups(None, model, grams, None) is None
+    assert parallel_groups(7, model, grams, 2 * 3 * group) == 3
+    assert parallel_groups(2, model, grams, 2 * 3 * group) == 2
+    assert parallel_groups(7, model, grams, group) == 1
+    assert parallel_groups(None, model, grams, 2 * 10**4 * group) == os.cpu_count()
+    assert parallel_groups(7, model, {}, 1) == 1
+
+
+def test_weights_count_where_they_are_larger_than_covariances(tmp_path: Path) -> None:
+    model = load(build(MLP), tmp_path)
+    node = next(node for node in model.nodes if node.op in ("Gemm", "MatMul"))
+    weight = COPIES * 8 * model.constants[node.inputs[1]].size
+    grams = {node.name: _gram(1)}
+    assert parallel_groups(7, model, grams, 2 * 3 * weight) == 3
+    assert parallel_groups(7, model, grams, 2 * 3 * weight - 1) == 2
 
 
 def test_scores_and_losses_keep_to_the_memory(
