@@ -82,6 +82,7 @@ TEXT = {
         (
             "`--importance oamip` without a budget (decoupled), and the published threshold of 0.1 on keep variables "
             "of programs over ten images: units kept, and points of accuracy lost on 2,000 test images. "
+            "The row of vgg-fashion is of an earlier version of the decoupled programs. "
             "Seconds of a machine with other work."
         ),
     ),
