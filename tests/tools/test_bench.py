@@ -550,9 +550,10 @@ def test_mechanisms_are_left_out_and_alone() -> None:
 def test_saved_rows_are_those_of_the_seed(tmp_path: Path) -> None:
     row = {"model": "m", "MACs asked": 0.5}
     studies.store(tmp_path, mechanisms.STUDY, [row], mechanisms.COLUMNS, 3)
-    assert studies.saved(tmp_path, mechanisms.STUDY, 3) == [row]
-    assert studies.saved(tmp_path, mechanisms.STUDY, 4) == []
-    assert studies.saved(tmp_path, "lottery", 3) == []
+    columns = mechanisms.COLUMNS
+    assert studies.Resumable(tmp_path, mechanisms.STUDY, columns, 3).rows == [row]
+    assert studies.Resumable(tmp_path, mechanisms.STUDY, columns, 4).rows == []
+    assert studies.Resumable(tmp_path, "lottery", columns, 3).rows == []
 
 
 def test_study_of_critical_units_goes_on_where_it_was_stopped(

@@ -18,7 +18,7 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.core.records import Measure
 from onnx_oamip.core.settings import Settings
 
-from .studies import MODELS, Row, known_step, paths, save, saved, store
+from .studies import MODELS, Resumable, Row, known_step, paths, save
 
 THRESHOLD = 0.1
 """Threshold of the published experiments on MNIST."""
@@ -81,23 +81,19 @@ def run(
     mnist: Path | None = None,
 ) -> str:
     """A row per network and program."""
-    found = _unfinished(out, seed)
+    study = Resumable(out, UNFINISHED, COLUMNS, seed, CLOCKED)
     order = []
     for network in _networks(out, names, mnist):
         for program in network.programs:
             key = (network.title, program)
             order.append(key)
-            if key not in found:
-                found[key] = _row(network, program, seed)
-                store(out, UNFINISHED, list(found.values()), COLUMNS, seed, CLOCKED)
-    text = save(out, "critical", [found[key] for key in order], COLUMNS, seed, CLOCKED)
+            if not study.holds({"model": network.title, "program": program}):
+                study.add(_row(network, program, seed))
+    found = {(row["model"], row["program"]): row for row in study.rows}
+    rows = [found[key] for key in order]
+    text = save(out, "critical", rows, COLUMNS, seed, CLOCKED, study.environment)
     (out / f"{UNFINISHED}.json").unlink(missing_ok=True)
     return text
-
-
-def _unfinished(out: Path, seed: int) -> dict[tuple[str, str], Row]:
-    """Rows of a study with this seed that was stopped, by network and program."""
-    return {(row["model"], row["program"]): row for row in saved(out, UNFINISHED, seed)}
 
 
 def _networks(out: Path, names: tuple[str, ...], mnist: Path | None) -> Iterator[Network]:

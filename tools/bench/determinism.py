@@ -19,7 +19,7 @@ from onnx_oamip import Report, Settings, document, prune
 from onnx_oamip.api import proof
 from onnx_oamip.verification.latency import Ratio
 
-from .studies import MODELS, Row, environment, paths, save, store
+from .studies import MODELS, Resumable, Row, environment, paths
 
 SAMPLES = 32
 WORKERS = (1, 2)
@@ -34,24 +34,17 @@ DIGITS = 4
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """Number of different files and reports over all divisions of the work, of every model."""
-    saved = out / "determinism.json"
-    rows: list[Row] = []
-    measured = environment()
-    if saved.exists():
-        record = json.loads(saved.read_text(encoding="utf-8"))
-        rows, measured = record["rows"], record["environment"]
+    study = Resumable(out, "determinism", COLUMNS, seed)
     here = environment()["onnxruntime"]
     for name in names or tuple(MODELS):
         stem = Path(name).stem if name.endswith(".onnx") else name
-        if not any((row["model"], row["onnxruntime"]) == (stem, here) for row in rows):
+        if not study.holds({"model": stem, "onnxruntime": here}):
             for workers, batch in DIVISIONS:
                 prune_once(out, seed, name, workers, batch)
             unfinished = _unfinished(out)
-            rows.append({"model": stem, "onnxruntime": here, **_row(unfinished.pop(name))})
-            print(rows[-1], flush=True)
-            store(out, "determinism", rows, COLUMNS, seed, measured=measured)
+            study.add({"model": stem, "onnxruntime": here, **_row(unfinished.pop(name))})
             _keep(out, unfinished)
-    return save(out, "determinism", rows, COLUMNS, seed, measured=measured)
+    return study.save()
 
 
 def prune_once(out: Path, seed: int, name: str, workers: int, batch: int | None) -> None:

@@ -80,9 +80,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None =
             study.measure({"model": name, "method": method}, len(BUDGETS), rows)
     if not study.rows:
         return ""
-    measured = study.environment
-    save(out, "larger-summary", summary(study.rows), SUMMARY, seed, measured=measured)
-    return save(out, "larger", study.rows, COLUMNS, seed, measured=measured)
+    save(out, "larger-summary", summary(study.rows), SUMMARY, seed, measured=study.environment)
+    return study.save()
 
 
 def absent(name: str, folder: Path | None) -> str | None:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .studies import MODELS, ROOT, Row, paths, save, store
+from .studies import MODELS, ROOT, Resumable, Row, paths
 
 LIMIT = "1GB"
 LIMIT_MIB = 1024
@@ -151,16 +151,13 @@ MADE: dict[str, Callable[[int], tuple[ModelProto, Shape]]] = {
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """One row a model: the peak in MiB, and its share of the limit."""
-    saved = out / "limits.json"
-    rows: list[Row] = json.loads(saved.read_text())["rows"] if saved.exists() else []
+    study = Resumable(out, "limits", COLUMNS, seed, CLOCKED)
     for name in names or (*MODELS, *MADE):
-        if not any(row["model"] == name for row in rows):
+        if not study.holds({"model": name}):
             with TemporaryDirectory() as folder:
-                rows.append(_row(name, Path(folder), seed))
-            print(rows[-1], flush=True)
-            rows.sort(key=lambda row: (*MODELS, *MADE).index(row["model"]))
-            store(out, "limits", rows, COLUMNS, seed, CLOCKED)
-    return save(out, "limits", rows, COLUMNS, seed, CLOCKED)
+                study.add(_row(name, Path(folder), seed))
+    study.rows.sort(key=lambda row: (*MODELS, *MADE).index(row["model"]))
+    return study.save()
 
 
 def _row(name: str, folder: Path, seed: int) -> Row:

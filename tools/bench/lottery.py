@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .studies import LeftOut, Row, save, saved, store
+from .studies import LeftOut, Resumable, Row
 
 STUDY = "lottery"
 NETWORK = "fc3"
@@ -38,22 +38,14 @@ def run(
     from ..experiments import data
 
     sets = {name: data.load(name, path) for name, path in (("mnist", mnist), ("fashion", fashion))}
-    rows = saved(out, STUDY, seed)
-    known = {(row["mask of"], row["trained on"], row["mask"]) for row in rows}
-    for row in _rows(out, seed, sets, known):
-        rows.append(row)
-        print(row, flush=True)
-        store(out, STUDY, rows, COLUMNS, seed)
-    return save(out, STUDY, rows, COLUMNS, seed)
+    study = Resumable(out, STUDY, COLUMNS, seed)
+    for row in _rows(out, seed, sets, study):
+        study.add(row)
+    return study.save()
 
 
-def _rows(
-    out: Path,
-    seed: int,
-    sets: Mapping[str, Any],
-    known: set[tuple[str, str, str]],
-) -> Iterator[Row]:
-    """Rows that are not known. A network is trained, and its masks are found, only where a row needs them."""
+def _rows(out: Path, seed: int, sets: Mapping[str, Any], study: Resumable) -> Iterator[Row]:
+    """Rows that the study does not hold. A network is trained, and its masks are found, only where a row needs them."""
     from ..experiments import networks
     from ..experiments.protocol import NETWORKS
 
@@ -63,7 +55,7 @@ def _rows(
             (target, mask)
             for target in sets
             for mask in names
-            if (source, target, mask) not in known
+            if not study.holds({"mask of": source, "trained on": target, "mask": mask})
         ]
         if not missing:
             continue

@@ -17,7 +17,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.planning import search
 
 from .larger import Bench, absent
-from .studies import MODELS, Row, paths, save, saved, store
+from .studies import MODELS, Resumable, Row, paths
 
 STUDY = "mechanisms"
 NETWORKS = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion", "efficientnet-lite0")
@@ -45,18 +45,15 @@ COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
     """One row per network, budget and choice of mechanisms."""
-    rows = saved(out, STUDY, seed)
+    study = Resumable(out, STUDY, COLUMNS, seed)
     for name in names or NETWORKS:
         if name not in MODELS and (missing := absent(name, larger)):
             print(missing, flush=True)
             continue
         bench = _bench(name, larger)
-        known = {(row["MACs asked"], row["mechanisms"]) for row in rows if row["model"] == name}
-        for row in _rows(bench, seed, known):
-            rows.append(row)
-            print(row, flush=True)
-            store(out, STUDY, rows, COLUMNS, seed)
-    return save(out, STUDY, rows, COLUMNS, seed)
+        for row in _rows(bench, seed, study):
+            study.add(row)
+    return study.save()
 
 
 def choices() -> dict[str, dict[str, str]]:
@@ -90,12 +87,12 @@ def _bench(name: str, larger: Path | None) -> Bench:
     return Bench(name, larger)
 
 
-def _rows(bench: Bench, seed: int, known: set[tuple[float, str]]) -> Iterator[Row]:
-    """Rows of one network that are not known; statistics and losses are shared by a cache."""
+def _rows(bench: Bench, seed: int, study: Resumable) -> Iterator[Row]:
+    """Rows of one network that the study does not hold; statistics and losses are shared by a cache."""
     with TemporaryDirectory() as kept:
         for choice, values in choices().items():
             for budget in BUDGETS:
-                if (budget, choice) in known:
+                if study.holds({"model": bench.name, "MACs asked": budget, "mechanisms": choice}):
                     continue
                 settings = Settings.create(macs=budget, seed=seed, cache=kept, **values)
                 ready = prepare.prepare(bench.model, bench.data, settings)

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import onnx
 
 from .larger import Bench, absent
-from .studies import ROOT, Row, save, store
+from .studies import ROOT, Resumable, Row
 
 STUDY = "real"
 NETWORKS = ("efficientnet-lite0", "efficientnet-lite1")
@@ -57,24 +57,24 @@ CLOCKED = ("latency", "processor s", "passes")
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
     """One row per network and choice of options."""
-    saved = out / f"{STUDY}.json"
-    rows: list[Row] = json.loads(saved.read_text())["rows"] if saved.exists() else []
+    study = Resumable(out, STUDY, COLUMNS, seed, CLOCKED)
     for name in names or NETWORKS:
         if missing := absent(name, larger):
             print(missing, flush=True)
             continue
         assert larger is not None
-        known = {row["options"] for row in rows if row["model"] == name}
-        wanted = [options for options in RUNS[name] if " ".join(options) not in known]
+        wanted = [
+            options
+            for options in RUNS[name]
+            if not study.holds({"model": name, "options": " ".join(options)})
+        ]
         if not wanted:
             continue
         bench, one_pass = _timed(name, larger)
         with TemporaryDirectory() as cache:
             for options in wanted:
-                rows.append(_row(bench, options, Path(cache), seed, one_pass))
-                print(rows[-1], flush=True)
-                store(out, STUDY, rows, COLUMNS, seed, CLOCKED)
-    return save(out, STUDY, rows, COLUMNS, seed, CLOCKED)
+                study.add(_row(bench, options, Path(cache), seed, one_pass))
+    return study.save()
 
 
 def _timed(name: str, larger: Path) -> tuple[Bench, float]:

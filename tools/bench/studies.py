@@ -135,27 +135,26 @@ def store(
     return record
 
 
-def saved(out: Path, study: str, seed: int) -> list[Row]:
-    """Rows that an earlier run with this seed stored."""
-    path = out / f"{study}.json"
-    if not path.is_file():
-        return []
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return list(found["rows"]) if found["seed"] == seed else []
-
-
 class Resumable:
     """Rows of a study that is continued where it was stopped.
 
     Attributes:
-        rows: Rows so far, those that the folder already held first.
+        rows: Rows so far, those that the folder already held for this seed first.
     """
 
-    def __init__(self, out: Path, study: str, columns: Sequence[str], seed: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        study: str,
+        columns: Sequence[str],
+        seed: int,
+        clocked: Sequence[str] = (),
+    ) -> None:
         self._out, self._study, self._columns, self._seed = out, study, columns, seed
+        self._clocked = clocked
         file = out / f"{study}.json"
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        self.rows: list[Row] = stored["rows"] if stored else []
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.rows: list[Row] = stored["rows"] if stored.get("seed") == seed else []
         self._environments = [stored["environment"]] if self.rows else []
 
     @property
@@ -163,29 +162,59 @@ class Resumable:
         """Environment of the stored rows and of this run."""
         return together([*self._environments, environment()])
 
+    def holds(self, key: Row) -> bool:
+        """Check whether there is a row with some values."""
+        return any(_matches(row, key) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Print a row, and store it with those before it."""
+        self.rows.append(row)
+        print({k: row[k] for k in self._columns if row.get(k) is not None}, flush=True)
+        self.store()
+
+    def store(self) -> None:
+        """Store the rows so far."""
+        store(
+            self._out,
+            self._study,
+            self.rows,
+            self._columns,
+            self._seed,
+            self._clocked,
+            self.environment,
+        )
+
     def measure(self, key: Row, count: int, rows: Iterable[Row]) -> None:
-        """Add rows one by one and store each, unless all of them are there.
+        """Add rows one by one, unless all of them are there.
 
         Args:
             key: Values that these rows have in common, and no others have.
             count: Number of the rows; if the folder holds fewer, all are measured again.
             rows: The rows, measured as they are iterated over.
         """
-        others = [row for row in self.rows if any(row.get(k) != v for k, v in key.items())]
+        others = [row for row in self.rows if not _matches(row, key)]
         if len(self.rows) - len(others) == count:
             return
         self.rows = others
         for row in rows:
-            self.rows.append(row)
-            print({k: row[k] for k in self._columns if row.get(k) is not None}, flush=True)
-            store(
-                self._out,
-                self._study,
-                self.rows,
-                self._columns,
-                self._seed,
-                measured=self.environment,
-            )
+            self.add(row)
+
+    def save(self) -> str:
+        """Print and store the finished study; returns its Markdown."""
+        measured = self.environment if self.rows else None
+        return save(
+            self._out,
+            self._study,
+            self.rows,
+            self._columns,
+            self._seed,
+            self._clocked,
+            measured,
+        )
+
+
+def _matches(row: Row, key: Row) -> bool:
+    return all(row.get(column) == value for column, value in key.items())
 
 
 def together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
