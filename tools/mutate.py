@@ -194,7 +194,7 @@ def _swap(old: Any, new: Any) -> None:
 
 
 def _forked(work: Callable[[], object], seconds: float) -> object:
-    """What ``work`` returns in a process of its own, or 'time' where it takes more CPU time or hangs, or 'crash'."""
+    """Run ``work`` in a process of its own; its result, 'time' where it exceeds its CPU time or hangs, or 'crash'."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:

@@ -259,7 +259,7 @@ def test_binary_threshold_is_in_units_of_the_scores() -> None:
 
 
 def test_score_at_the_threshold_is_negative() -> None:
-    """It weighs as the negatives do, and not as the positives, which are rare."""
+    """The position has the weight of the negatives, not that of the rare positives."""
     truth = np.full((100, 1), -1.0)
     truth[:5] = 1.0
     objective = scaled([BINARY], [truth])

@@ -249,7 +249,7 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
 def test_first_point_of_the_program_is_the_greedy_plan(
     case: tuple[Ledger, Ladder, LinearisedLimit], share: float
 ) -> None:
-    """It meets all rows, its levels are the plan's, and so is its objective up to what breaks ties."""
+    """The solution meets all rows, and has the plan's levels and its objective up to the terms that break ties."""
     ledger, ladder, _ = case
     full = np.asarray([w[-1] for w in ladder.widths])
     targets = shares(ledger.cost(full), {"macs", "params"}, share)

@@ -1,4 +1,4 @@
-"""How many groups are solved side by side within a target for memory."""
+"""Number of groups solved side by side within a target for memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the division of work changes a result: models pruned with several numbers of workers and batch sizes.
+"""Study of determinism: models pruned with several numbers of workers and batch sizes.
 
 One row a model and a release of ONNX Runtime: run the study once in every environment, with the same ``--out``. A study
 that is stopped goes on where it was. ``--model`` also takes the path of an ONNX file with its samples beside it, under
@@ -82,7 +82,7 @@ def prune_once(out: Path, seed: int, name: str, workers: int, batch: int | None)
 
 
 Runs = dict[str, dict[str, Any]]
-"""What each run of a model gave, by the division of the work."""
+"""Digests and costs of the runs of a model, by the division of the work."""
 
 
 def _keep(out: Path, unfinished: Mapping[str, Runs]) -> None:
