@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
+from typing import Any
 
 GRACE = 2.0
 """Seconds for the work to unwind."""
@@ -73,10 +74,13 @@ def signals_end_the_work() -> Iterator[None]:
     ).start()
     for code in ours:
         signal.signal(code, _raise_terminated)
+    previous_hook = sys.unraisablehook
+    sys.unraisablehook = _without_interrupts(previous_hook)
     try:
         yield
     finally:
         done.set()
+        sys.unraisablehook = previous_hook
         signal.set_wakeup_fd(previous_wakeup)
         for code in ours:
             signal.signal(code, signal.SIG_DFL)
@@ -111,6 +115,19 @@ def first_interrupt_stops() -> Iterator[Callable[[], bool]]:
 
 def _raise_terminated(code: int, _: object) -> None:
     raise Terminated(code)
+
+
+def _without_interrupts(report: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Report of exceptions that Python cannot raise, as in a finaliser, but for those of a signal.
+
+    The watching thread then ends the process, and stderr has its sentence alone.
+    """
+
+    def report_others(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            report(unraisable)
+
+    return report_others
 
 
 def _watch(read_end: int, done: threading.Event, codes: Set[int]) -> None:
