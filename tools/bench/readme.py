@@ -12,7 +12,7 @@ from typing import Any
 
 from . import figures, latency, picture, rivals
 from .figures import FIGURES
-from .studies import ROOT, Row, table
+from .studies import ROOT, Row, table, together
 
 SAVED = Path(__file__).parent / "results"
 """The studies that the pages are made from, one JSON file each, as ``studies.save`` writes them."""
@@ -379,12 +379,16 @@ def page(results: Path) -> str:
 def headline(results: Path) -> str:
     """Return the text between the markers of README.md: the tables that compare with other pruners."""
     parts = []
+    records = []
     for study, rows in (("rivals-summary", _all), ("larger-summary", _halved)):
         if (results / f"{study}.json").exists():
             record = _read(results, study)
             title, text = TEXT[study]
             parts.append(f"**{title}.** {text}\n\n{table(rows(record), record['columns'])}")
-    return "\n\n".join([*parts, f"Measured on {_environment(_read(results, 'rivals-summary'))}."])
+            records.append(record)
+    measured = together(record["environment"] for record in records)
+    listed = ", ".join(f"{key} {value}" for key, value in measured.items())
+    return "\n\n".join([*parts, f"Measured on {listed}."])
 
 
 def updated(text: str, results: Path) -> str:

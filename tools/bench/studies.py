@@ -86,7 +86,9 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{round(value, 2) + 0.0:.2f}"  # a small negative number is 0.00, not -0.00
+    return str(value)
 
 
 def save(
