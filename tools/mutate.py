@@ -339,7 +339,7 @@ class Runner:
         except Exception:  # it cannot even be loaded
             return "killed"
         for item, seconds in tests.items():
-            # What runs on and on is killed by it.
+            # The limit ends a mutant that does not terminate.
             signal.setitimer(signal.ITIMER_PROF, 1 + 10 * seconds)
             if _fails(item):
                 return "killed"

@@ -109,7 +109,7 @@ class Perspective:
             solved = _solve(common, extra, stacked[:, :, present] * root)
             fitted[:, :, present] = solved * root
             explained += float(np.vdot(stacked, fitted))
-        # What every column, present or not, can still contribute.
+        # The slopes count further energy that each column, present or not, can explain.
         flat = fitted.reshape(math.prod(fitted.shape[:2]), len(share))
         predicted = (flat @ self.matrix).reshape(fitted.shape)
         residual = stacked - predicted + fitted * self.diagonals[:, None]

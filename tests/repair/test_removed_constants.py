@@ -248,7 +248,7 @@ def test_random_networks_without_a_note_are_exact(tmp_path: Path) -> None:
     @given(network=networks(), seed=st.integers(0, 2**16))
     def holds(network: Network, seed: int) -> None:
         assume(not network.rounds)  # a value on the edge of a step may fall on either side of it
-        # What is divided by the number of samples is no constant.
+        # A quotient by the number of samples is no constant.
         assume("batch_size" not in network.blocks)
         model = load(network.proto, tmp_path)
         coupling = couple(model)

@@ -172,7 +172,7 @@ def _row(case: Case, files: tuple[Path, Path], kept: Path, seed: int) -> Row:
         own = files_of(case._replace(images=SHIPPED), model.parent, None, kept)[1]
         budget = ["--macs", case.macs, "--align", 1]
         _call("plan", model, *budget, "--data", own, *shared, "-q", "-o", plan)
-    # What a busy machine measures of the latency must not end the study.
+    # A latency measured on a busy machine must not end the study.
     applied = ["apply", model, "--plan", plan, "--data", data, "--force", *shared]
     if not pruned.exists():
         _call(*applied, "-q", "-o", pruned)
