@@ -80,28 +80,6 @@ class Sampling:
         return DEFAULT_MEMORY_LIMIT if self.memory_limit is None else self.memory_limit
 
 
-def least_squares(
-    model: Model, coupling: Coupling, units: Bools, raw: onnx.ModelProto, sampling: Sampling
-) -> Pruned:
-    """Refits every linear node behind the cut, front to back.
-
-    Args:
-        model: The original model.
-        coupling: Its coupling.
-        units: Keep mask of the units (n_units,).
-        raw: The cut model.
-        sampling: The samples.
-
-    Returns:
-        The refitted model, with notes and one record per fit.
-
-    Raises:
-        OutOfMemory: The memory does not suffice for a node, which the message names.
-    """
-    task = _task(Cut(model, coupling, units), sampling)
-    return _refitted(task, Pruned(raw, raw, task.notes), task.in_order)
-
-
 def front(
     model: Model,
     coupling: Coupling,
@@ -119,7 +97,8 @@ def front(
         units: Keep mask of the units (n_units,).
         raw: The cut model.
         sampling: The samples.
-        short: Names of the nodes that are short of samples (:func:`refit_scope.short_of_samples`).
+        short: Names of the nodes that are short of samples (:func:`refit_scope.short_of_samples`). Without any, all
+            nodes are refitted.
 
     Returns:
         The model with these nodes refitted, from which several refits of the other nodes can start.

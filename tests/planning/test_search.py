@@ -160,7 +160,7 @@ def test_refit_adds_biases_only(name: str) -> None:
     found = dataset.load(arrays(name, 16, 1), model)
     assert found is not None
     sampling = least_squares.Sampling(samples=found, device="cpu")
-    pruned = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    pruned = least_squares.front(model, coupling, keep, raw, sampling, short=())
     predicted = ledger.cost(widths)
     counted = cost.count(models.from_proto(pruned.proto, model.bindings))
     assert counted.macs == predicted.macs

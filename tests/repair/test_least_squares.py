@@ -98,7 +98,7 @@ def test_copies_add_rows_where_samples_are_few(
         least_squares.rest(model, coupling, keep, start, sampling, short=short, change=change)
         for change in (None, _mirrored, _mirrored)
     )
-    alone = least_squares.least_squares(*given)
+    alone = least_squares.front(*given, short=())
     assert copied.proto.SerializeToString() == again.proto.SerializeToString()
     assert plain.proto.SerializeToString() == alone.proto.SerializeToString()
     assert plain.fits == alone.fits
@@ -1025,7 +1025,7 @@ def test_graph_that_is_not_a_refit_is_refused(change: str, tmp_path: Path) -> No
     samples_ = dataset.load({"x": random_samples(model, 40)["x"]}, model)
     assert samples_ is not None
     sampling = least_squares.Sampling(samples=samples_, device="cpu")
-    found = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    found = least_squares.front(model, coupling, keep, raw, sampling, short=())
     assert found.proto != raw
     assert least_squares.is_valid_cache_entry(found, raw)
     assert least_squares.is_valid_cache_entry(Pruned(raw, raw), raw)

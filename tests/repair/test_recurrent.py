@@ -104,7 +104,7 @@ def _errors(model: Model, axis: tuple[str, int], found: Samples) -> tuple[float,
     keep[units[len(units) // 2 :]] = False
     raw = rewrite.cut(model, coupling, keep)
     sampling = least_squares.Sampling(samples=found, device="cpu")
-    pruned = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    pruned = least_squares.front(model, coupling, keep, raw, sampling, short=())
     assert any(fit.form == "gate sums" for fit in pruned.fits)
     (feed,) = (feed for _, feed in found.batches(SAMPLES))
     outputs = [Session(proto, "cpu").run(feed)[0] for proto in (model.proto, raw, pruned.proto)]

@@ -61,7 +61,7 @@ def _fit(model: Model, keep: Bools, found: Samples) -> Pruned:
     coupling = couple(model)
     raw = rewrite.cut(model, coupling, keep)
     sampling = least_squares.Sampling(samples=found, device="cpu")
-    return least_squares.least_squares(model, coupling, keep, raw, sampling)
+    return least_squares.front(model, coupling, keep, raw, sampling, short=())
 
 
 def _stored(proto: ModelProto) -> dict[str, Array]:

@@ -37,7 +37,7 @@ def refit(model: Model, coupling: Coupling, keep: Bools, found: Samples, **named
     raw = rewrite.cut(model, coupling, keep)
     frozen = raw.SerializeToString()
     sampling = least_squares.Sampling(samples=found, device="cpu", **named)  # type: ignore[arg-type]
-    pruned = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    pruned = least_squares.front(model, coupling, keep, raw, sampling, short=())
     assert raw.SerializeToString() == frozen == pruned.raw.SerializeToString()
     onnx.checker.check_model(pruned.proto, full_check=True)
     for fit in pruned.fits:

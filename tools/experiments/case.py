@@ -33,7 +33,7 @@ from onnx_oamip.importance import find
 from onnx_oamip.objective import find_objective, scale
 from onnx_oamip.planning import scoring
 from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.repair.least_squares import Sampling, least_squares
+from onnx_oamip.repair import least_squares
 from onnx_oamip.repair.removed_constants import fold_constants
 from onnx_oamip.statistics import class_samples
 from onnx_oamip.statistics.collector import collect
@@ -180,9 +180,8 @@ def carry(case: Case, keep: Bools, treatment: str) -> onnx.ModelProto:
         )
         proto: onnx.ModelProto = folded.proto
         return proto
-    refitted = least_squares(
-        case.model, case.coupling, keep, raw, Sampling(samples=case.samples, device=DEVICE)
-    )
+    sampling = least_squares.Sampling(samples=case.samples, device=DEVICE)
+    refitted = least_squares.front(case.model, case.coupling, keep, raw, sampling, short=())
     proto: onnx.ModelProto = refitted.proto
     return proto
 

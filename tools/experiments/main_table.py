@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,7 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
         "gone": gone(case, keep),
         "paper": {**program(paper.programs), "wall": seconds},
         "scores": paper.values.round(6).tolist(),
-        "keep": {
-            name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()
-        },
+        "keep": {"paper": _rows(case, keep)},
     }
     results: dict[str, dict[str, float]] = {"paper": measured(case, keep)}
     results["critical"] = measured(case, mask(case, -paper.values, widths))
@@ -66,7 +64,8 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
     found["exact"], values = _exact(case, protocol, exact)
     if values is not None:
         results["exact"] = measured(case, mask(case, values, widths))
-    results["decoupled"], found["decoupled"] = _decoupled(case, widths)
+    results["decoupled"], found["decoupled"], refitted = _decoupled(case, widths)
+    found["keep"]["decoupled"] = _rows(case, refitted)
     found["accuracy"] = results
     return found
 
@@ -92,16 +91,23 @@ def _exact(
     return {"which": None, "tries": tries}, None
 
 
-def _decoupled(case: Case, widths: Ints) -> tuple[dict[str, float], dict[str, Any]]:
-    """Scored for the form in which the model will be mended, as the package does."""
+def _rows(case: Case, keep: Bools) -> dict[str, list[int]]:
+    """Kept rows of every weight."""
+    return {name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()}
+
+
+def _decoupled(case: Case, widths: Ints) -> tuple[dict[str, float], dict[str, Any], Bools]:
+    """Scores for the refit that the model gets, as in the package; the mask is that for least squares."""
     results: dict[str, float] = {}
     about: dict[str, Any] = {}
+    keep = np.ones(case.coupling.n_units, bool)
     for refit, treatments in (("none", ("fold", "cut")), ("least-squares", ("refit",))):
         asked = settings(mode="decoupled", formulation="exact", refit=refit, seed=case.seed)
         scores, seconds = score(case, asked)
-        results |= measured(case, mask(case, scores.values, widths), treatments)
+        keep = mask(case, scores.values, widths)
+        results |= measured(case, keep, treatments)
         about[refit] = {**program(scores.programs), "wall": seconds}
-    return results, about
+    return results, about, keep
 
 
 def _values(case: Case, importance: str, seed: int | None = None) -> Floats:
@@ -118,12 +124,17 @@ def _removed(case: Case, widths: Ints) -> list[int]:
     return [len(g.units) - int(w) for g, w in zip(case.coupling.groups, widths, strict=True)]
 
 
-def to_tune(case: Case, scores: Floats) -> dict[str, dict[str, Bools]]:
-    """Masks that are trained further, at the counts of the published scores: rows that stay by weight, by method."""
-    widths = below(case, scores, case.about.threshold)
+def to_tune(case: Case, record: Mapping[str, Any]) -> dict[str, dict[str, Bools]]:
+    """Masks that are trained further, at the counts of the published scores: kept rows by weight, by method."""
+    widths = below(case, np.array(record["scores"]), case.about.threshold)
     found = {
         "random": _values(case, "random", _seeds(case, 1)[0]),
         "l1": _values(case, "l1"),
-        "paper": scores,
     }
-    return {name: case.by_weight(mask(case, values, widths)) for name, values in found.items()}
+    masks = {name: case.by_weight(mask(case, values, widths)) for name, values in found.items()}
+    lengths = {name: len(rows) for name, rows in masks["l1"].items()}
+    for method, kept in record["keep"].items():
+        masks[method] = {
+            name: np.isin(np.arange(lengths[name]), rows) for name, rows in kept.items()
+        }
+    return masks

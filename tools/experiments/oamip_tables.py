@@ -145,7 +145,7 @@ class Run:
                 from . import transfer  # torch
 
                 network, name, seed = key
-                masks = main_table.to_tune(self.case(key), np.array(main[_name(key)]["scores"]))
+                masks = main_table.to_tune(self.case(key), main[_name(key)])
                 return dict(
                     transfer.fine_tune(
                         network, self.sets[name], seed, masks, self.path(key), FINE_TUNE

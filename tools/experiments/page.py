@@ -54,6 +54,8 @@ NAMES = {
 }
 DROPPED = ("scores", "keep")
 """Large parts of a record that the JSON file leaves out."""
+TUNED = ("l1", "paper", "decoupled")
+"""Methods whose masks are trained further, beside random ones."""
 Found = dict[str, Records]
 
 
@@ -215,18 +217,17 @@ def _tuned(protocol: Protocol, found: Found) -> str:
             "Ref": mean(values(of(found["main"], network, name), "reference")),
         }
         row["Ref, trained further"] = mean(values(records, "all"))
-        rows.append(
-            {**row, **{NAMES[m]: mean(values(records, m)) for m in ("random", "l1", "paper")}}
-        )
+        rows.append({**row, **{NAMES[m]: mean(values(records, m)) for m in ("random", *TUNED)}})
     by_row = {
         m: [average(of(found["tuned"], *p), m) for p in pairs(protocol)]
-        for m in ("all", "random", "l1", "paper")
+        for m in ("all", "random", *TUNED)
     }
     against = ", ".join(
         f"{title} in {wins(by_row['paper'], by_row[m], lambda a, b: a > b)}"
         for m, title in (
             ("random", "random"),
             ("l1", "L1"),
+            ("decoupled", "OAMIP decoupled"),
             ("all", "the unpruned network trained as long"),
         )
     )
@@ -459,7 +460,8 @@ def _number(protocol: Protocol, found: Found) -> str:
 
 
 def _transfer(protocol: Protocol, found: Found) -> str:
-    rows, closer = [], []
+    rows = []
+    lead: dict[str, list[float]] = {"paper": [], "decoupled": []}
     for network, source in pairs(protocol, apart=True):
         for target in protocol.data:
             records = [
@@ -476,23 +478,30 @@ def _transfer(protocol: Protocol, found: Found) -> str:
                     "trained on": TITLES[target],
                     "parameters gone %": mean(values(records, "gone", "parameters"), 1),
                     "full": mean(values(records, "full")),
-                    "OAMIP mask": mean(values(records, "mask")),
+                    **{f"{NAMES[m]} mask": mean(values(records, m)) for m in lead},
                     "random mask": mean(values(records, "random")),
                 }
             )
-            closer += [r["mask"] - r["random"] for r in records]
-    drop = [r["full"] - r["mask"] for r in found["transfer"].values()]
-    spread = np.std(closer, ddof=1) if len(closer) > 1 else 0.0
-    error = spread / np.sqrt(len(closer))
+            for method, leads in lead.items():
+                leads += [r[method] - r["random"] for r in records]
+    parts = [_transferred(found["transfer"], method, leads) for method, leads in lead.items()]
+    return _section("Masks on the other data set", rows, " ".join(parts), "", "transfer")
+
+
+def _transferred(records: Records, method: str, leads: Sequence[float]) -> str:
+    """Mean loss of the masks of a method on the other data set, and their lead over random ones."""
+    drop = np.mean([r["full"] - r[method] for r in records.values()])
+    spread = np.std(leads, ddof=1) if len(leads) > 1 else 0.0
+    error = spread / np.sqrt(len(leads))
     verdict = "more than twice the standard error, so that it matters which units the mask keeps"
-    if abs(np.mean(closer)) <= 2 * error:
+    if abs(np.mean(leads)) <= 2 * error:
         verdict = "within twice the standard error, so that these runs do not show that it matters which units are kept"
-    reading = (
-        f"Trained from its initialisation on the other data set, what a mask leaves loses {np.mean(drop):.2f} points "
-        f"against the full network on average. It is {np.mean(closer):+.2f} ± {spread:.2f} points against a random "
-        f"mask of the same counts, better in {sum(c > 0 for c in closer)} of {len(closer)} pairs: {verdict}."
+    return (
+        f"{NAMES[method]}: trained from its initialisation on the other data set, what a mask leaves loses "
+        f"{drop:.2f} points against the full network on average. It is {np.mean(leads):+.2f} ± {spread:.2f} points "
+        f"against a random mask of the same counts, better in {sum(c > 0 for c in leads)} of {len(leads)} pairs: "
+        f"{verdict}."
     )
-    return _section("Masks on the other data set", rows, reading, "", "transfer")
 
 
 LEFT_OUT = """\

@@ -188,7 +188,7 @@ def _transfer(protocol: Protocol, found: dict[str, Records]) -> Any:
 
     rows = [(n, s, t) for n, s in pairs(protocol, apart=True) for t in protocol.data if t != s]
     figure, axes = plt.subplots(1, len(rows), figsize=(2.3 * len(rows), 2.4), squeeze=False)
-    kinds = {"full": "black", "mask": COLOURS["paper"], "random": COLOURS["random"]}
+    kinds = {"full": "black", **{m: COLOURS[m] for m in ("paper", "decoupled", "random")}}
     for ax, (network, source, target) in zip(axes[0], rows, strict=True):
         records = [
             r for k, r in found["transfer"].items() if k.startswith(f"{network}-{source}-{target}-")
@@ -197,7 +197,9 @@ def _transfer(protocol: Protocol, found: dict[str, Records]) -> Any:
             points = [float(v) for v in values(records, kind) if v is not None]
             ax.scatter([i] * len(points), points, s=18, color=colour, zorder=3)
             ax.hlines(np.mean(points), i - 0.25, i + 0.25, color=colour)
-        ax.set_xticks(range(len(kinds)), ["full", "OAMIP\nmask", "random\nmask"], fontsize=8)
+        ax.set_xticks(
+            range(len(kinds)), ["full", "paper", "decoupled", "random"], fontsize=8, rotation=30
+        )
         ax.set_xlim(-0.5, len(kinds) - 0.5)
         ax.set_title(f"{NETWORKS[network].title}\n{TITLES[source]} → {TITLES[target]}", fontsize=9)
     axes[0][0].set_ylabel("test accuracy, %")

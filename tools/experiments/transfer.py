@@ -13,21 +13,39 @@ from .protocol import NETWORKS, Bools
 
 
 def run(
-    network: str, target: Dataset, seed: int, kept: Mapping[str, Sequence[int]], epochs: int
+    network: str,
+    target: Dataset,
+    seed: int,
+    kept: Mapping[str, Mapping[str, Sequence[int]]],
+    epochs: int,
 ) -> dict[str, float]:
-    """Accuracy on the target of what a mask leaves of the initialisation, and of as many random units a layer.
+    """Accuracy on the target of what masks leave of the initialisation, and of as many random units a layer.
 
-    ``kept``: the rows of every weight that stay. Removed units are cut out of the initialisation; what their biases
-    would add is one constant a unit behind them, which that unit's own bias learns.
+    Removed units are cut out of the initialisation; what their biases would add is one constant a unit behind them,
+    which that unit's own bias learns.
+
+    Args:
+        network: Name of the network.
+        target: Data to train on.
+        seed: Seed of the initialisation, of the training and of the random mask.
+        kept: Kept rows of every weight, by method; as many rows by every method.
+        epochs: Epochs of training.
+
+    Returns:
+        Accuracy in percent by method.
     """
     rng = np.random.default_rng(seed)
-    found: dict[str, Bools] = {}
-    chance: dict[str, Bools] = {}
-    for (name, rows), width in zip(kept.items(), NETWORKS[network].widths, strict=True):
-        found[name] = np.isin(np.arange(width), rows)
-        chance[name] = rng.permutation(found[name])
+    widths = NETWORKS[network].widths
+    masks = {
+        method: {
+            name: np.isin(np.arange(width), rows)
+            for (name, rows), width in zip(of_method.items(), widths, strict=True)
+        }
+        for method, of_method in kept.items()
+    }
+    masks["random"] = {name: rng.permutation(keep) for name, keep in masks["paper"].items()}
     result = {}
-    for key, keep in (("mask", found), ("random", chance)):
+    for key, keep in masks.items():
         model = networks.part(network, networks.build(network, seed).state_dict(), keep)
         networks.fit(model, target, seed, epochs)
         result[key] = networks.accuracy(model, target)

@@ -163,7 +163,7 @@ def test_quantised_weight_is_not_refitted_and_is_noted(tmp_path: Path) -> None:
     given = dataset.load(values, model)
     assert given is not None
     sampling = least_squares.Sampling(samples=given, device="cpu")
-    found = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    found = least_squares.front(model, coupling, keep, raw, sampling, short=())
     assert not found.fits
     assert sum("is quantised" in note for note in found.notes) == 2
 
