@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -172,12 +172,39 @@ def _is_exempt(function: Function) -> bool:
     return bool(last & {"property", "cached_property", "setter", "overload", "command", "group"})
 
 
-def _incomplete(module: ast.Module) -> list[str]:
-    """Name the public functions of a module whose docstring lacks a parameter or the result."""
+def _protocol_methods(modules: Iterable[ast.Module]) -> set[str]:
+    """Return the methods (``Class.method``) that classes have from the protocols they name as bases."""
+    classes = {
+        node.name: node
+        for module in modules
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def bases(name: str) -> list[str]:
+        return [ast.unparse(base) for base in classes[name].bases] if name in classes else []
+
+    found = set()
+    for name in classes:
+        waiting = bases(name)
+        while waiting:
+            base = waiting.pop()
+            waiting += bases(base)
+            if "Protocol" in bases(base):
+                methods = (node for node in classes[base].body if isinstance(node, Function))
+                found |= {f"{name}.{method.name}" for method in methods}
+    return found
+
+
+def _incomplete(module: ast.Module, inherited: Collection[str] = ()) -> list[str]:
+    """Name the public functions of a module whose docstring lacks a parameter or the result.
+
+    Methods that a protocol describes (``inherited``) need no description of their own.
+    """
     missing = []
     for name, function, method in _functions(module):
         private = any(part.startswith(("_", "<")) for part in name.split("."))
-        if private or _is_exempt(function):
+        if private or _is_exempt(function) or name in inherited:
             continue
         positional, others = _parameters(function, method)
         sections = _sections(ast.get_docstring(function) or "")
@@ -196,8 +223,11 @@ def _incomplete(module: ast.Module) -> list[str]:
 
 def test_public_functions_describe_parameters_and_results() -> None:
     """``Args`` has an entry for each parameter and no other; ``Returns`` or ``Yields`` describes the result."""
+    inherited = _protocol_methods(_modules().values())
     incomplete = {
-        place: found for place, tree in _modules().items() if (found := _incomplete(tree))
+        place: found
+        for place, tree in _modules().items()
+        if (found := _incomplete(tree, inherited))
     }
     assert len(_modules()) > 200
     assert incomplete == {}
@@ -253,6 +283,28 @@ def bare(x, *, y=1, **z) -> None:
         "half: Args",
         "surplus: Args",
         "Plain.method: Returns",
+    ]
+
+
+def test_methods_of_protocols_are_described_once() -> None:
+    """The protocol's own method needs a description, that of a class that names it as a base does not."""
+    tree = ast.parse("""
+class Shape(Protocol):
+    def area(self, unit): ...
+
+class Square(Shape):
+    def area(self, unit): ...
+    def side(self, unit): ...
+
+class Other:
+    def area(self, unit): ...
+""")
+    inherited = _protocol_methods([tree])
+    assert inherited == {"Square.area"}
+    assert _incomplete(tree, inherited) == [
+        "Shape.area: Args",
+        "Square.side: Args",
+        "Other.area: Args",
     ]
 
 

@@ -14,7 +14,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.perspective import Perspective
-from onnx_oamip.programs.subset import STEP_OVERHEAD
+from onnx_oamip.programs.subset import STEP_OVERHEAD, Loss, Relaxation
 
 RELATIVE_TOLERANCE = 1e-9
 """Share of the worth of all units that an exchange must gain."""
@@ -47,7 +47,7 @@ class LinearConsumer:
     scale: float
 
 
-class Relaxation:
+class RepairedRelaxation(Relaxation):
     """Relaxed loss for the sets that contain some units and no others than some: a sum over consumers.
 
     Attributes:
@@ -75,14 +75,7 @@ class Relaxation:
         return STEP_OVERHEAD + sum(part.flops for part in self.parts)
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
-        """Evaluate the loss, which is convex as a whole.
-
-        Args:
-            keep: Keep variables in [0, 1] (units,).
-
-        Returns:
-            Value and gradient (units,).
-        """
+        """Evaluate the whole loss: all of it is convex."""
         value = self.energy
         gradient = np.zeros(len(keep))
         for part, scale in zip(self.parts, self.scales, strict=True):
@@ -91,18 +84,10 @@ class Relaxation:
             np.subtract.at(gradient, part.unit, found.slope / scale)
         return value, gradient
 
-    def between(self, free: Bools, kept: Bools) -> Relaxation:
-        """Restrict the relaxation to fewer sets.
-
-        Args:
-            free: Units that may be kept (units,).
-            kept: Units that are kept, a subset of the free ones (units,).
-
-        Returns:
-            The relaxation for these sets.
-        """
+    def between(self, free: Bools, kept: Bools) -> RepairedRelaxation:
+        """Restrict the relaxation of every consumer, where kept columns are swept out."""
         parts = [part.between(free, kept) for part in self.parts]
-        return Relaxation(len(free), self.energy, parts, self.scales)
+        return RepairedRelaxation(len(free), self.energy, parts, self.scales)
 
     def relax(
         self,
@@ -117,16 +102,6 @@ class Relaxation:
 
         In turns the best V for the keep variables and the best keep variables for that V, which share the count in
         proportion to ``|V_j|``, none above 1.
-
-        Args:
-            free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            steps: Number of turns.
-            kept: Units that are kept in any case, a subset of the free ones (units,).
-            start: Keep variables to start from (units,), None for equal ones.
-
-        Returns:
-            Keep variables in [0, 1] (units,).
         """
         if kept is None:
             kept = np.zeros(len(free), bool)
@@ -140,7 +115,7 @@ class Relaxation:
         return keep
 
 
-class Repaired(Relaxation):
+class Repaired(RepairedRelaxation, Loss):
     """The loss after every consumer was fitted again.
 
     Attributes:
@@ -165,14 +140,7 @@ class Repaired(Relaxation):
         )
 
     def value(self, keep: Bools) -> float:
-        """Evaluate the loss of a set, whatever sets the relaxation is for.
-
-        Args:
-            keep: Kept units (units,).
-
-        Returns:
-            Loss.
-        """
+        """Evaluate the loss of a set from the relaxation of all sets."""
         at = keep.astype(np.float64)
         value = self.energy
         for part, scale in zip(self._whole, self.scales, strict=True):
@@ -184,14 +152,6 @@ class Repaired(Relaxation):
 
         In an exchange a removed unit comes back, and the kept unit of least cost is removed. The removed units of
         greatest gain are tried in turn.
-
-        Args:
-            keep: Units to choose from (units,).
-            count: Number of units to keep.
-            steps: Largest number of exchanges.
-
-        Returns:
-            The chosen units (units,).
         """
         ordered = self.order[keep[self.order]]
         kept = np.zeros(len(keep), bool)
@@ -215,12 +175,6 @@ class Repaired(Relaxation):
         """Compute the cost of removing each kept unit alone: ``tr(V_j (H_jj)^-1 V_j')``.
 
         H is the inverse of the covariance of the kept inputs.
-
-        Args:
-            keep: Kept units (units,).
-
-        Returns:
-            Increase of the loss (units,), 0 for units that are not kept.
         """
         return np.where(keep, -_total_worth(self._states(keep)), 0.0)
 
@@ -230,18 +184,9 @@ class Repaired(Relaxation):
         count: int,
         flops: float,
     ) -> float:
-        """Tighten the relaxation for the subsets of the free units; tangents then hold only for these.
+        """Divide the fits among as many pieces as can be afforded, and enlarge their perspective parts.
 
-        The fits are divided into as many pieces as can be afforded. In turns the optimum of the relaxation is
-        approximated, and the perspective part of every piece enlarged there.
-
-        Args:
-            free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            flops: Floating-point operations that may be spent.
-
-        Returns:
-            Approximate number of floating-point operations spent.
+        In turns the optimum of the relaxation is approximated, and the perspective part of every piece enlarged there.
         """
         none = np.zeros(len(free), bool)
         parts = [part.between(free, none) for part in self._whole]

@@ -149,7 +149,7 @@ class Loss(Relaxation, Protocol):
         ...
 
 
-class Quadratic:
+class Quadratic(Loss):
     """The loss ``p'Qp``, Q (units, units) positive semidefinite.
 
     For binary p, ``p_i^2 = p_i``: as much of the diagonal as leaves Q semidefinite is split off. It is exact in the
@@ -170,41 +170,18 @@ class Quadratic:
         return STEP_OVERHEAD + QUADRATIC_STEPS * 2.0 * self.matrix.size
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
-        """Evaluate the convex part.
-
-        Args:
-            keep: Keep variables in [0, 1] (units,).
-
-        Returns:
-            Value and gradient (units,).
-        """
+        """Evaluate the convex part."""
         removed = 1.0 - keep
         product = self.matrix @ removed - self.diagonal * removed
         return float(removed @ product), -2.0 * product
 
     def value(self, keep: Bools) -> float:
-        """Evaluate the loss of a set.
-
-        Args:
-            keep: Kept units (units,).
-
-        Returns:
-            Loss.
-        """
+        """Evaluate the loss of a set."""
         removed = np.flatnonzero(~keep)
         return float(self.matrix[np.ix_(removed, removed)].sum())
 
     def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
-        """Choose a subset by least joint loss, then by steepest exchanges.
-
-        Args:
-            keep: Units to choose from (units,).
-            count: Number of units to keep.
-            steps: Exchanges, in multiples of ``QUADRATIC_STEPS``.
-
-        Returns:
-            The chosen units (units,).
-        """
+        """Choose a subset by least joint loss, then by steepest exchanges."""
         kept = keep.copy()
         own = np.diagonal(self.matrix)
         # Interaction of every unit with all removed ones.
@@ -232,14 +209,7 @@ class Quadratic:
         return kept
 
     def removal_costs(self, keep: Bools) -> Floats:
-        """Compute the cost of removing each kept unit alone.
-
-        Args:
-            keep: Kept units (units,).
-
-        Returns:
-            Increase of the loss (units,), 0 for units that are not kept.
-        """
+        """Compute the cost of removing each kept unit alone."""
         joint = self.matrix @ (~keep).astype(np.float64)
         return np.where(keep, np.diagonal(self.matrix) + 2 * joint, 0.0)
 
@@ -249,28 +219,11 @@ class Quadratic:
         count: int,  # noqa: ARG002
         flops: float,  # noqa: ARG002
     ) -> float:
-        """Leave the relaxation as it is: the diagonal was split off at the start, for all sets.
-
-        Args:
-            free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            flops: Without effect.
-
-        Returns:
-            0.
-        """
+        """Leave the relaxation as it is: the diagonal was split off at the start, for all sets."""
         return 0.0
 
     def between(self, free: Bools, kept: Bools) -> Relaxation:  # noqa: ARG002
-        """Leave the relaxation as it is: it holds for all sets.
-
-        Args:
-            free: Units that may be kept (units,).
-            kept: Units that are kept (units,).
-
-        Returns:
-            This loss.
-        """
+        """Leave the relaxation as it is: it holds for all sets."""
         return self
 
     def relax(
@@ -286,16 +239,6 @@ class Quadratic:
 
         Source: Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems", SIAM
         Journal on Imaging Sciences 2, 2009.
-
-        Args:
-            free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            steps: Gradient steps, in multiples of ``QUADRATIC_STEPS``.
-            kept: Units that are kept in any case, a subset of the free ones (units,).
-            start: Keep variables to start from (units,), None for equal ones.
-
-        Returns:
-            Keep variables in [0, 1] (units,).
         """
         convex = self.matrix - np.diag(self.diagonal)
         row_sums = np.abs(convex).sum(axis=1)
