@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import click
@@ -21,7 +22,12 @@ class Flags:
     """The options of a group of commands, by the names of the parameters that they set."""
 
     def __init__(self, group: click.Group) -> None:
-        self._by_parameter = dict(_long_names(group))
+        self._group = group
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, str]:
+        """Options by parameter, which few messages need."""
+        return dict(_long_names(self._group))
 
     @classmethod
     def of_context(cls, ctx: click.Context | None = None) -> Flags:

@@ -10,12 +10,13 @@ import click
 
 from onnx_oamip.cli.help import Option
 from onnx_oamip.core.errors import EnvironmentMissing
+from onnx_oamip.core.registry import Registry
 
 REGISTRIES = {
-    "importance": "onnx_oamip.importance",
+    "importance": "onnx_oamip.importance.registry",
     "limits": "onnx_oamip.planning.limits",
 }
-"""Module with ``find`` and ``names`` of every setting that names a plug-in."""
+"""Module with a ``REGISTRY`` for every setting that names a plug-in."""
 
 
 class PlugInOption(Option):
@@ -34,11 +35,11 @@ class PlugInOption(Option):
 
         Args:
             arguments: As for ``click.Option``.
-            registry: Module with ``find`` and ``names``.
+            registry: Module with a ``REGISTRY``.
             attributes: Further arguments of ``Option``; ``help`` is the sentence that the plug-ins are added to.
         """
         super().__init__(*arguments, **attributes)
-        self._registry = registry
+        self._module = registry
         self._purpose = (self.help or "").rstrip(".")
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
@@ -54,9 +55,10 @@ class PlugInOption(Option):
         Raises:
             BadParameter: No installed package has a plug-in of this name.
         """
-        known = import_module(self._registry).names()
-        if value not in known:
-            raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}.", ctx, self)
+        registry = self._registry()
+        if value not in registry:
+            choices = ", ".join(registry.names())
+            raise click.BadParameter(f"{value!r} is not one of {choices}.", ctx, self)
         return value
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
@@ -68,10 +70,14 @@ class PlugInOption(Option):
         Returns:
             The flags and the text, or None for a hidden option.
         """
-        registry = import_module(self._registry)
+        registry = self._registry()
         entries = [self._entry(name, registry.find) for name in registry.names()]
         self.help = f"{self._purpose}: {'; '.join(entry for entry in entries if entry)}."
         return super().get_help_record(ctx)
+
+    def _registry(self) -> Registry[Any]:
+        registry: Registry[Any] = import_module(self._module).REGISTRY
+        return registry
 
     @staticmethod
     def _entry(name: str, find: Callable[[str], Any]) -> str:

@@ -7,6 +7,7 @@ the settings takes a tenth of a second, which the list of commands does not need
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -17,6 +18,7 @@ from onnx_oamip.cli.plugins import REGISTRIES, PlugInOption
 from onnx_oamip.core.command_settings import CommandSettings
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
     from pydantic.fields import FieldInfo
 
     from onnx_oamip.core.options import Options
@@ -109,13 +111,12 @@ class SettingType(_ParamType):
         Raises:
             BadParameter: The setting does not take this value.
         """
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
-        field = _field(self.name)
         try:
-            return TypeAdapter(field.rebuild_annotation()).validate_python(value)
+            return _adapter(self.name).validate_python(value)
         except ValidationError:
-            self._refuse(field, value, param, ctx)
+            self._refuse(_field(self.name), value, param, ctx)
 
     def _refuse(
         self,
@@ -266,6 +267,14 @@ def timing_options(
         return function
 
     return add
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    """The check of one setting's value."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_field(name).rebuild_annotation())
 
 
 def _field(name: str) -> FieldInfo:

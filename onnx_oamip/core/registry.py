@@ -80,6 +80,19 @@ class Registry(Generic[T]):
             self._load(name)
         return self._plugins[name]
 
+    def __contains__(self, name: object) -> bool:
+        """Check whether a plug-in of this name exists, without loading any.
+
+        The entry points of all installed packages are read only for a name that is not registered.
+
+        Args:
+            name: Name of the plug-in.
+
+        Returns:
+            True if it exists.
+        """
+        return name in self._plugins or name in self.names()
+
     def names(self) -> list[str]:
         """List the names of all plug-ins without loading any.
 

@@ -125,7 +125,7 @@ def unmatrix(site: Site, value: Floats, like: Array) -> Array:
         The weight in the layout of the operator.
     """
     shaped = site.rules.weight(site, value, like.shape[2:])
-    return np.ascontiguousarray(shaped.astype(like.dtype))
+    return shaped.astype(like.dtype, order="C")
 
 
 class Editor:

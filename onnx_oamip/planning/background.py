@@ -171,8 +171,12 @@ def consumer_weight(model: Model, name: str, blocks: Blocks) -> Array:
     """
     place = _site(model, name)
     like = model.constants[place.weight]
-    weight = np.stack([w for w, _ in blocks]).reshape(matrix_shape(place, like))
-    return unmatrix(place, weight / place.factor, like)
+    parts = [w for w, _ in blocks]
+    # One block is not copied: the weight of a wide layer is the largest array of its group.
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if place.factor != 1.0:
+        joined = joined / place.factor
+    return unmatrix(place, joined.reshape(matrix_shape(place, like)), like)
 
 
 def consumer_shift(model: Model, name: str, blocks: Blocks) -> Array:

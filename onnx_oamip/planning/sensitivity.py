@@ -52,6 +52,7 @@ from onnx_oamip.planning.background import (
 )
 from onnx_oamip.statistics.layer_problems import (
     Job,
+    Problem,
     compensate,
     jobs,
     problems,
@@ -533,11 +534,15 @@ class _Part:
     def level(self, removed: Ints) -> dict[str, Array]:
         """Inputs that take away the units at positions ``removed`` of the group and repair the consumers."""
         result: dict[str, Array] = {}
-        repaired: dict[tuple[str, ...], list[tuple[Floats, Floats]]] = {}
+        by_weight: dict[tuple[str, ...], list[Problem]] = {}
         for problem in self.found:
-            fitted = compensate(problem, removed, self.repair, self.others)
-            repaired.setdefault(problem.uses, []).append(problem.unfold(*fitted))
-        for uses, blocks in repaired.items():
+            by_weight.setdefault(problem.uses, []).append(problem)
+        # The repaired weights of one consumer at a time are held in double precision.
+        for uses, problems_of_weight in by_weight.items():
+            blocks = [
+                problem.unfold(*compensate(problem, removed, self.repair, self.others))
+                for problem in problems_of_weight
+            ]
             result[f"oamip_weight_{uses[0]}"] = consumer_weight(self.model, uses[0], blocks)
             for name in uses:
                 result[f"oamip_shift_{name}"] = consumer_shift(self.model, name, blocks)

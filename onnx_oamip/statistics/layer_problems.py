@@ -114,6 +114,8 @@ class Problem:
         if self.divisors is not None:
             weight = weight / self.divisors
         size, fold = self.spread.shape
+        if np.array_equal(self.spread, np.arange(size)[:, None]):
+            return weight, shift
         full = np.empty((len(weight) // fold, size * fold))
         full[:, self.spread] = weight.reshape(-1, fold, size).transpose(0, 2, 1)
         return full, shift.reshape(-1, fold).sum(axis=1)
@@ -369,19 +371,33 @@ def compensate(
         removed_columns = np.union1d(removed_columns, of_others)
     kept = np.ones(problem.weight.shape[1], bool)
     kept[removed_columns] = False
-    weight = np.where(kept, problem.weight, 0.0)
     if repair == "none":
-        return weight, np.zeros(len(weight))
+        return np.where(kept, problem.weight, 0.0), np.zeros(len(problem.weight))
     if repair == "least-squares" and kept.any():
-        if problem.factor is not None:
-            weight[:, kept] += _repair_by_rows(problem, problem.factor, kept)
-            return weight, (problem.weight - weight) @ problem.mean
+        weight = _repaired(problem, kept, removed_columns)
+    else:
+        weight = np.where(kept, problem.weight, 0.0)
+    return weight, (problem.weight - weight) @ problem.mean
+
+
+def _repaired(problem: Problem, kept: Bools, removed_columns: Ints) -> Floats:
+    """Weights (outputs, d) that repair the removal of columns, with zeros there.
+
+    Beside the problem's own weight, two arrays of its size are held at a time.
+    """
+    if problem.factor is not None:
+        change = _repair_by_rows(problem, problem.factor, kept)
+    else:
         assert problem.gram is not None
         cross = problem.gram[np.ix_(kept, removed_columns)] @ problem.weight[:, removed_columns].T
         kept_gram = problem.gram[np.ix_(kept, kept)]
         factor = cho_factor(kept_gram, overwrite_a=True, check_finite=False)
-        weight[:, kept] += np.asarray(cho_solve(factor, cross)).T
-    return weight, (problem.weight - weight) @ problem.mean
+        change = np.asarray(cho_solve(factor, cross, overwrite_b=True)).T
+        del kept_gram, factor
+    change += problem.weight[:, kept]
+    weight = np.zeros_like(problem.weight)
+    weight[:, kept] = change
+    return weight
 
 
 def _repair_by_rows(problem: Problem, factor: Floats, kept: Bools) -> Floats:

@@ -311,6 +311,19 @@ def test_method_of_an_installed_package_is_found(
         find("other")
 
 
+def test_installed_packages_are_read_for_unknown_names_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = [EntryPoint("theirs", f"{__name__}:backwards", registry.REGISTRY.group)]
+    asked: list[object] = []
+    monkeypatch.setattr(metadata, "entry_points", lambda **given: asked.append(given) or points)
+    assert "obs" in registry.REGISTRY
+    assert not asked
+    assert "theirs" in registry.REGISTRY
+    assert "other" not in registry.REGISTRY
+    assert len(asked) == 2
+
+
 def test_published_methods_come_from_entry_points_of_this_distribution() -> None:
     """A fresh install finds them without an import of the published systems by the rooms below them."""
     points = metadata.entry_points(group="onnx_oamip.importance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import attention_scale, rewrite
 from onnx_oamip.objective import loss, sums
 from onnx_oamip.planning import sensitivity
+from onnx_oamip.planning.background import consumer_weight
 from onnx_oamip.statistics import covariances
 from onnx_oamip.verification.latency import Ratio
 
@@ -200,3 +202,20 @@ def test_second_look_without_a_program_or_a_fixed_budget_is_refused(
     settings = Settings.create(**choices, effort="high", cache="off")
     with pytest.raises(SettingsError, match=named):
         prune(path, data, None, settings)
+
+
+def test_repaired_weight_is_written_with_one_copy(tmp_path: Path) -> None:
+    """In the type and the layout of the node; the weight of a wide layer is the largest array of its group."""
+    model = load(
+        build("(float[N,4] x) => (float[] y) <float[4,6000] w> {y = MatMul(x, w)}"), tmp_path
+    )
+    (node,) = model.nodes
+    matrix = np.random.default_rng(0).standard_normal((6000, 4))
+    tracemalloc.start()
+    written = consumer_weight(model, node.name, [(matrix, np.zeros(6000))])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert written.dtype == np.float32
+    assert written.flags.c_contiguous
+    assert np.array_equal(written, matrix.T.astype(np.float32))
+    assert peak < 0.6 * matrix.nbytes

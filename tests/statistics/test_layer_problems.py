@@ -1,8 +1,10 @@
-"""Number of groups solved side by side within a target for memory."""
+"""Problems of wide consumers: groups solved side by side, and arrays at a time, within a target for memory."""
 
 from __future__ import annotations
 
 import os
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,16 @@ import pytest
 from graphs import MLP, build, load, samples
 
 from onnx_oamip.api.prepare import prepare
-from onnx_oamip.core.records import Gram
+from onnx_oamip.core.records import Consumer, Gram
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import Threads
 from onnx_oamip.importance import obs
-from onnx_oamip.statistics.layer_problems import COPIES, parallel_groups
+from onnx_oamip.statistics.layer_problems import (
+    COPIES,
+    Problem,
+    compensate,
+    parallel_groups,
+)
 
 
 def _gram(size: int) -> Gram:
@@ -69,3 +76,55 @@ def test_scores_and_losses_keep_to_the_memory(
     assert prepare(model.path, samples(model, 40), settings).ladder
     assert len(asked) == 2
     assert set(asked) == {1}
+
+
+def _wide_problem(size: int, rows: int | None) -> Problem:
+    """One consumer of `size` single-column units and as many outputs, with a factor of `rows` rows or a covariance."""
+    rng = np.random.default_rng(0)
+    columns = np.arange(size)[:, None]
+    consumer = Consumer("node", 0, "x", 1, "w", 0)
+    factor = None if rows is None else rng.standard_normal((rows, size))
+    return Problem(
+        consumer=consumer,
+        block=0,
+        weight=rng.standard_normal((size, size)),
+        gram=np.diag(rng.uniform(1, 2, size)) if rows is None else None,
+        mean=rng.standard_normal(size),
+        columns=columns,
+        spread=columns,
+        scale=1.0,
+        ridge=1.0,
+        factor=factor,
+        uses=("node",),
+    )
+
+
+def test_repaired_weights_take_three_arrays_of_their_size_at_a_time() -> None:
+    """Beside the weight of the problem, which stays as it is."""
+    problem = _wide_problem(400, rows=10)
+    size = problem.weight.nbytes
+    before = problem.weight.copy()
+    tracemalloc.start()
+    weight, shift = problem.unfold(*compensate(problem, np.arange(20)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * size
+    assert np.array_equal(problem.weight, before)
+    assert not weight[:, :20].any()
+    assert np.allclose(shift, (before - weight) @ problem.mean)
+
+
+def test_row_and_column_forms_repair_alike() -> None:
+    wide = _wide_problem(30, rows=12)
+    assert wide.factor is not None
+    square = replace(wide, factor=None, gram=wide.factor.T @ wide.factor + np.eye(30))
+    removed = np.asarray([3, 7, 8, 20])
+    found, expected = (compensate(problem, removed) for problem in (wide, square))
+    kept = np.setdiff1d(np.arange(30), removed)
+    gram = square.gram
+    assert gram is not None
+    exact = wide.weight @ gram[:, kept] @ np.linalg.inv(gram[np.ix_(kept, kept)])
+    for weight, shift in (found, expected):
+        assert np.allclose(weight[:, kept], exact)
+        assert not weight[:, removed].any()
+        assert np.allclose(shift, (wide.weight - weight) @ wide.mean)
