@@ -211,8 +211,9 @@ def test_repaired_weight_is_written_with_one_copy(tmp_path: Path) -> None:
     )
     (node,) = model.nodes
     matrix = np.random.default_rng(0).standard_normal((6000, 4))
+    shift = np.zeros(6000)
     tracemalloc.start()
-    written = consumer_weight(model, node.name, [(matrix, np.zeros(6000))])
+    written = consumer_weight(model, node.name, [(matrix, shift)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert written.dtype == np.float32

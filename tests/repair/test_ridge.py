@@ -152,6 +152,22 @@ def test_fit_does_not_depend_on_the_scale_of_a_few_inputs(rows: int) -> None:
     np.testing.assert_allclose(fits[0], plain, rtol=0.2, atol=0.2)
 
 
+@pytest.mark.parametrize("rows", [200, 5])  # the normal equations, and the dual form
+def test_constant_inputs_do_not_count_for_the_usual_scale(rows: int) -> None:
+    """Most inputs are constant, one of the others is a thousand times as large: it is scaled down as without them."""
+    rng = np.random.default_rng(2)
+    varying = 1e-3 * rng.standard_normal((1, rows, 6))
+    varying[..., 0] *= 1e3
+    residual = rng.standard_normal((1, rows, 2))
+    alone, beside = (
+        ridge.ridge_regression(x, residual, rows - 1)
+        for x in (varying, np.concatenate([varying, np.ones((1, rows, 9))], axis=2))
+    )
+    # Strengths are relative to the mean diagonal, which nine zeros divide by 15 / 6.
+    np.testing.assert_allclose(beside(rows, 0.25)[:, :6], alone(rows, 0.1), rtol=1e-6)
+    assert not beside(rows, 0.25)[:, 6:].any()
+
+
 def test_solve_ridge_gives_dead_inputs_no_weight() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 50, 6))
