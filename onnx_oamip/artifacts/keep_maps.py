@@ -282,8 +282,10 @@ def _weights(arrays: Mapping[str, Array], entries: Mapping[str, Any]) -> dict[st
 
 def _checked(index: Array, length: int) -> Ints:
     """Kept indices of an axis; raises ValueError unless they rise strictly within its length."""
-    if index.dtype != np.int64 or index.ndim != 1 or not index.size:
+    if index.dtype != np.int64 or index.ndim != 1:
         raise ValueError("indices that are no vector of int64")
+    if not index.size:
+        return index  # the group is emptied
     if index.min() < 0 or index.max() >= length or (np.diff(index) <= 0).any():
         raise ValueError(f"indices that do not rise within 0 to {length - 1}")
     return index

@@ -46,6 +46,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.core.version import __version__
 from onnx_oamip.graph.cost import Ledger
+from onnx_oamip.graph.emptying import Emptying, emptied_groups
 
 SCHEMA_VERSION = 1
 IN_MEMORY = "(plan)"
@@ -378,7 +379,8 @@ def match_units(
         Kept units of the model.
 
     Raises:
-        DataError: The plan names a group twice, or one that the model does not have in this form.
+        DataError: The plan names a group twice, or one that the model does not have in this form, or keeps no unit of a
+            group that the model cannot do without.
     """
     keep = np.ones(coupling.n_units, bool)
     matched = _match_groups(plan, model, coupling)
@@ -400,11 +402,25 @@ def match_units(
         keep[_numbered_units(model, coupling, group)] = kept
         if entry.rotated:
             rotated.append(group.name)
+    _check_emptied(keep, model, coupling, path)
     unnamed = [group.name for group in coupling.groups if group.name not in named]
     if unnamed and len(matched.pairs) != len(coupling.groups):
         listed = ", ".join(unnamed[:MAX_LISTED_GROUPS])
         notes.append(f"the plan does not name {len(unnamed)} groups, which stay whole: {listed}")
     return MatchedUnits(keep, tuple(notes), tuple(rotated))
+
+
+def _check_emptied(
+    keep: Bools, model: Model, coupling: Coupling, path: str | os.PathLike[str]
+) -> None:
+    """Check that the model can do without the groups of which a plan keeps no unit."""
+    emptied = emptied_groups(coupling, keep)
+    obstacle = Emptying(model, coupling).effect(emptied).obstacle
+    if obstacle:
+        names = _listed([coupling.groups[group].name for group in sorted(emptied)])
+        raise DataError(
+            f"{path} keeps no unit of {names}, but {obstacle}; keep at least one unit there, or {_REMEDY}."
+        )
 
 
 def _match_groups(

@@ -42,12 +42,12 @@ class GroupEntry(_Record):
     """The kept units of one group.
 
     ``loss`` is the measured loss of the model with only this group at that width. Units of a group that is ``rotated``
-    are principal components of its channels, the largest first.
+    are principal components of its channels, the largest first. A group that is emptied keeps none.
     """
 
     name: str
     units: int = Field(ge=1)
-    kept: int = Field(ge=1)
+    kept: int = Field(ge=0)
     loss: float | None = None
     rotated: bool = False
     axes: tuple[AxisEntry, ...] = Field(min_length=1)

@@ -131,6 +131,7 @@ def unmatrix(site: Site, value: Floats, like: Array) -> Array:
 class Editor:
     """Editor of the weights and biases of a proto, in place.
 
+    A linear node of the original whose group is empty is a constant of the cut model: its bias is that constant.
     A constant that several nodes share is copied for the node that changes it, unless it is to change for all of them.
     A constant that nodes transpose, reshape, cast or dequantise is changed where it is stored.
     """
@@ -407,6 +408,17 @@ class Editor:
         groups, outputs, _, _ = matrix_shape(site, weight)
         return groups * outputs
 
+    def is_emptied(self, site: Site) -> bool:
+        """Check whether a constant stands in place of a node, all of whose inputs are removed.
+
+        Args:
+            site: The linear node in the original model.
+
+        Returns:
+            True if the proto has its output as an initialiser, and not the node.
+        """
+        return site.node.name not in self.nodes and site.node.outputs[0] in self.tensors
+
     def bias(self, site: Site) -> Floats | None:
         """Read the bias that the node itself adds.
 
@@ -416,6 +428,8 @@ class Editor:
         Returns:
             (outputs,), zeros without a bias; None where it is not one constant per output.
         """
+        if self.is_emptied(site):
+            return array(self.tensors[site.node.outputs[0]]).astype(np.float64).reshape(-1)
         node = self.nodes[site.node.name]
         own = site.rules.bias
         zeros = np.zeros(self._outputs(site))
@@ -479,6 +493,9 @@ class Editor:
         Returns:
             False where the bias is not a constant and therefore stays as it is.
         """
+        if self.is_emptied(site):
+            self._shift_output(site, delta)
+            return True
         node = self.nodes[site.node.name]
         own = site.rules.bias
         if own is None:
@@ -504,6 +521,13 @@ class Editor:
         moved = (old.astype(np.float64) + shift).astype(old.dtype)
         self.replace(node, own.slot, moved, for_all)
         return True
+
+    def _shift_output(self, site: Site, delta: Floats) -> None:
+        """Shifts the constant in place of a node."""
+        name = site.node.outputs[0]
+        old = array(self.tensors[name])
+        moved = old.astype(np.float64) + delta.reshape(old.shape)
+        self._store(name, (), moved.astype(old.dtype))
 
     def _following_add(self, site: Site) -> tuple[onnx.NodeProto, int] | None:
         """The addition of a constant that alone reads the node's output, and the slot of the constant.

@@ -22,7 +22,7 @@ from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.surgery import attention_scale, rewrite
+from onnx_oamip.graph.surgery import attention_scale, branch_constants, rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.objective.position_weights import has_rare_decisions, weighting
 from onnx_oamip.planning import (
@@ -62,7 +62,9 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     ready = rotation.for_plan(ready, chosen)
     pruned = _repaired(ready, chosen, rewrite.cut(ready.model, ready.coupling, chosen.keep))
     # Last: a refit fits the queries to what they gave before.
-    pruned = replace(pruned, proto=_rescaled(ready, chosen, pruned.proto))
+    proto = _rescaled(ready, chosen, pruned.proto)
+    proto = branch_constants.fold(ready.model, ready.coupling, chosen.keep, proto)
+    pruned = replace(pruned, proto=proto)
     if not ready.settings.no_provenance:
         what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
         provenance.sign(pruned.proto, ready.model.sha256, what)

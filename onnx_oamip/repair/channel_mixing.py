@@ -25,7 +25,7 @@ def mixes_channels(cut: Cut, place: Site, cap: int) -> bool:
     """
     weight = cut.model.constants[place.weight]
     units = units_of_inputs(cut, place) if is_wide(place, weight, cap) else None
-    if units is None:
+    if units is None or place.node.name in cut.emptied.biases:
         return False
     _, _, ins, taps = matrix_shape(place, weight)
     present, counts = np.unique(units, return_counts=True)

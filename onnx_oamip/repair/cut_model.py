@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx
 
 from onnx_oamip.core.records import Bools, Coupling, Ints, Model
+from onnx_oamip.graph.emptying import Effect, Emptying, emptied_groups
 from onnx_oamip.graph.linear_layers import matrix_shape
 from onnx_oamip.graph.ops.matrix_view import Site
 
@@ -25,6 +27,12 @@ class Cut:
     model: Model
     coupling: Coupling
     units: Bools
+
+    @cached_property
+    def emptied(self) -> Effect:
+        """Effect of the groups without units."""
+        groups = emptied_groups(self.coupling, self.units)
+        return Emptying(self.model, self.coupling).effect(groups)
 
 
 def output_mask(

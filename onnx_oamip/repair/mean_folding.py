@@ -10,7 +10,7 @@ import onnx
 
 from onnx_oamip.core.records import Bools, Coupling, Floats, Model, Pruned, Statistics
 from onnx_oamip.graph.linear_layers import Editor, matrix, site
-from onnx_oamip.repair.cut_model import notes_on_bodies, output_mask
+from onnx_oamip.repair.cut_model import Cut, notes_on_bodies, output_mask
 
 
 def fold_means(
@@ -36,11 +36,12 @@ def fold_means(
     proto.CopyFrom(raw)
     editor = Editor(proto)
     nodes = {node.name: node for node in model.nodes}
+    idle = Cut(model, coupling, units).emptied.idle
     notes = notes_on_bodies(model, coupling, units)
     for consumer in coupling.consumers:
         node = nodes[consumer.node]
         keep = coupling.keep((consumer.data, consumer.axis), units)
-        if keep.all() or consumer.weight not in model.constants:
+        if keep.all() or consumer.weight not in model.constants or node.name in idle:
             continue
         place = site(node, model.constants)
         if place is None:

@@ -115,13 +115,17 @@ def _solver(
     *,
     weight: Floats,
     split: int,
-) -> tuple[str, Solve, str]:
+) -> tuple[str, Solve | None, str]:
     """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user).
+
+    A constant in place of a node without inputs has no weights to solve for.
 
     A wide node with channels of several inputs each has fewer unknowns if whole channels are mixed. Any other is solved
     for all its unknowns: in its dual form the system is no larger than the number of rows.
     """
     rows, unknowns = sampled.x.shape[1:]
+    if not unknowns:
+        return "constant", None, ""
     if wide_inputs is None:
         remark = ""
         if rows < unknowns:

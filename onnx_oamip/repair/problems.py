@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx
 
 from onnx_oamip.core.records import Array, Bools, Floats
 from onnx_oamip.graph.im2col import data_rows, output_rows
@@ -112,17 +111,16 @@ def use_of(
     Returns:
         The use; None if its bias cannot be changed or no row is finite.
     """
-    node = editor.nodes[place.node.name]
-    current = editor.constant(node.input[place.weight_slot])
-    assert current is not None
-    here = in_cut_model(place, node)
-    bias = editor.bias(here)
+    layer = _layer(editor, place)
+    weight = layer.weight
+    bias = editor.bias(layer.here)
     if bias is None:
         remarks.append("its bias is not one constant per output, so it is not refitted")
         return None
-    weight = here.factor * matrix(here, current)
     groups, outs, _, _ = weight.shape
-    problem = _problem(cut, place, node, frontier, target, copies=copies)
+    problem = _problem(
+        cut, editor, place, layer.here, frontier=frontier, target=target, copies=copies
+    )
     finite = problem.finite_rows
     if not finite.all():
         remarks.append(
@@ -137,41 +135,56 @@ def use_of(
     spread = Spread(
         problem.y.shape[1], problem.y.mean(axis=1).reshape(-1), problem.y.var(axis=1).reshape(-1)
     )
-    return Use(CutLayer(here, weight), Rows(problem.x, residual), spread, problem.wide_inputs)
+    return Use(layer, Rows(problem.x, residual), spread, problem.wide_inputs)
+
+
+def _layer(editor: Editor, place: Site) -> CutLayer:
+    """A linear node in the cut model; without inputs if a constant stands in its place."""
+    if editor.is_emptied(place):
+        outputs = editor.tensors[place.node.outputs[0]].dims
+        return CutLayer(replace(place, groups=1), np.zeros((1, int(np.prod(outputs)), 0, 1)))
+    node = editor.nodes[place.node.name]
+    current = editor.constant(node.input[place.weight_slot])
+    assert current is not None
+    here = in_cut_model(place, node)
+    return CutLayer(here, here.factor * matrix(here, current))
 
 
 def _problem(
     cut: Cut,
+    editor: Editor,
     place: Site,
-    node: onnx.NodeProto,
+    here: Site,
+    *,
     frontier: Frontier | None,
     target: Target,
-    *,
     copies: Copied | None,
 ) -> _Problem:
     """Inputs and wanted outputs of a node at the sampled rows.
 
     Args:
         cut: The original model and the kept units.
+        editor: The cut model.
         place: The node in the original model.
-        node: The node in the cut model.
+        here: The node in the cut model.
         frontier: Activations of the cut model; None to take the inputs in the original model.
         target: Outputs in the original model.
         copies: Augmented copies of the samples, if any.
     """
-    here = in_cut_model(place, node)
     kept = output_mask(cut.model, cut.coupling, place, cut.units)
     target = of_kept_rows(cut, place, target)
     if frontier is None:
         x = _original_inputs(cut, place, here, target)
         y = np.concatenate(target.values).astype(np.float64)[:, kept]
     else:
-        data = node.input[place.slot]
+        node = editor.nodes.get(place.node.name)
+        data = None if node is None else node.input[place.slot]
+        other = None if target.join is None else editor.constant(target.join.other)
         others = copies.targets.pop(place.node.name, None) if copies is not None else None
         parts = [(frontier, target)]
         if copies is not None and others is not None:
             parts.append((copies.frontier, of_kept_rows(cut, place, others)))
-        x, y = _sampled_problem(here, data, parts, kept)
+        x, y = _sampled_problem(here, data, parts, kept=kept, other=other)
     groups = len(x)
     y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)
     is_mixed = bool(target.inputs) and not target.is_late
@@ -181,19 +194,22 @@ def _problem(
 
 def _sampled_problem(
     here: Site,
-    data: str,
+    data: str | None,
     parts: Sequence[tuple[Frontier, Target]],
+    *,
     kept: Bools,
+    other: Array | None,
 ) -> tuple[Floats, Floats]:
     """Inputs of a node in the cut model and wanted outputs at the sampled rows, of the feeds that the frontiers hold.
 
     Args:
         here: The node in the cut model.
-        data: Tensor that it reads there.
+        data: Tensor that it reads there; None if it reads nothing any more.
         parts: Activations of the cut model with outputs in the original model: of the samples, and of their copies if
             there are any. The rows of every feed are followed by those of its copies: the last rows, which judge a fit,
             are then no copies of rows of the fit.
         kept: Mask of the outputs that the node keeps (outputs,).
+        other: Other branch of the residual sum, where it is a constant in the cut model.
 
     Returns:
         Inputs (groups, rows, inputs * taps) and wanted outputs (rows, kept outputs).
@@ -208,7 +224,8 @@ def _sampled_problem(
     slots = {(part, feed): slot for slot, (_, part, feed) in enumerate(places)}
     inputs, outputs = _Filled(counts), _Filled(counts)
     for part, (frontier, target) in enumerate(parts):
-        _sample(here, data, frontier, target, kept=kept, put=_put(slots, part, inputs, outputs))
+        put = _put(slots, part, inputs, outputs)
+        _sample(here, data, frontier, target, kept=kept, other=other, put=put)
     return inputs.values.transpose(1, 0, 2), outputs.values
 
 
@@ -227,11 +244,12 @@ def _put(
 
 def _sample(
     here: Site,
-    data: str,
+    data: str | None,
     frontier: Frontier,
     target: Target,
     *,
     kept: Bools,
+    other: Array | None,
     put: Callable[[int, Floats, Floats], None],
 ) -> None:
     """Gives inputs (rows, groups, inputs * taps) and wanted outputs (rows, kept outputs) of every feed to ``put``."""
@@ -241,11 +259,22 @@ def _sample(
         rows = target.rows[feed]
         wanted = target.values[feed].astype(np.float64)[:, kept]
         if join is not None:
-            error = target.joined[feed][:, kept] - output_rows(here, values[join.other], rows)
+            branch = values[join.other] if other is None else _repeated(other, target.shapes[feed])
+            error = target.joined[feed][:, kept] - output_rows(here, branch, rows)
             wanted += join.correction(error, kept)
-        put(feed, data_rows(here, values[data], rows, target.shapes[feed]), wanted)
+        inputs = np.zeros((len(rows), 1, 0))
+        if data is not None:
+            inputs = data_rows(here, values[data], rows, target.shapes[feed])
+        put(feed, inputs, wanted)
 
-    frontier.each([data] if join is None else [data, join.other], take)
+    branches = [join.other] if join is not None and other is None else []
+    frontier.each([*branches, *([] if data is None else [data])], take)
+
+
+def _repeated(constant: Array, shape: tuple[int, ...]) -> Array:
+    """A constant at every position of a tensor, with the channels that are kept."""
+    pairs = zip(constant.shape, shape, strict=True)
+    return np.broadcast_to(constant, [own if own > 1 else full for own, full in pairs])
 
 
 class _Filled:

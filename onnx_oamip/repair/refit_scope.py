@@ -41,6 +41,8 @@ def families_behind(cut: Cut) -> tuple[list[Family], list[recurrent.Layer], list
     layers = []
     notes = notes_on_bodies(model, cut.coupling, cut.units)
     for node in model.nodes:
+        if node.name in cut.emptied.idle:
+            continue
         is_behind_cut = node.name in changed or node.name in behind
         if is_behind_cut and (layer := recurrent.layer(node, model)) is not None:
             layers.append(layer)
@@ -50,7 +52,8 @@ def families_behind(cut: Cut) -> tuple[list[Family], list[recurrent.Layer], list
         if obstacle:
             notes.append(f"{node}: {obstacle}, so it is not refitted")
         elif place is not None:
-            family = Family(sharing.family(place))
+            uses = (use for use in sharing.family(place) if use.node.name not in cut.emptied.idle)
+            family = Family(tuple(uses))
             families.setdefault(family.names[0], family)
         elif node.name in changed:
             notes += _notes_on_unfitted(node, model)
@@ -122,12 +125,15 @@ def short_of_samples(
         those too wide for a Gram matrix, are none of them.
     """
     result = set[str]()
-    families, _, _ = families_behind(Cut(model, coupling, units))
+    cut = Cut(model, coupling, units)
+    families, _, _ = families_behind(cut)
     for family in families:
         place = family.uses[0]
         shape = model.shapes.get(place.node.outputs[0])
         weight = model.constants[place.weight]
         if shape is None or family.is_shared or is_wide(place, weight, GRAM_CAP):
+            continue
+        if place.node.name in cut.emptied.biases:
             continue
         rows = row_count(place, shape) * samples.usable() / max(model.batch, 1)
         if row_limit(matrix_shape(place, weight), GRAM_CAP, DEFAULT_MEMORY_LIMIT) >= SHORT * rows:

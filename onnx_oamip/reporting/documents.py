@@ -84,6 +84,7 @@ def document(report: Report) -> Document:
                 "kept": int(width),
                 "level": int(width) / len(group.units),
                 "rotated": group.name in report.plan.rotated,
+                "emptied": int(width) == 0,
                 "score": _summary(values[group.units]),
             }
             for group, width in zip(report.coupling.groups, kept, strict=True)
@@ -218,6 +219,7 @@ def planning(found: Planned) -> Document:
                 "kept": width,
                 "level": width / units,
                 "rotated": group.name in found.plan.rotated,
+                "emptied": width == 0,
                 "score": score,
             }
         )

@@ -156,10 +156,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
     ),
     "negative": (lambda c: c["groups"][0].update(keep=[-1, 0], kept=2), "groups", "lists unit -1"),
     "twice": (lambda c: c["groups"][0].update(keep=[3, 3], kept=2), "groups", "lists unit 3 twice"),
-    "none left": (
-        lambda c: c["groups"][0].update(keep=[], kept=0),
+    "fewer than none": (
+        lambda c: c["groups"][0].update(keep=[], kept=-1),
         "kept",
-        "greater than or equal to 1",
+        "greater than or equal to 0",
     ),
     "a word": (lambda c: c["groups"][0].update(kept="six"), "kept", "valid integer"),
     "a fraction": (lambda c: c["groups"][0]["keep"].__setitem__(0, 0.5), "keep", "valid integer"),
@@ -182,12 +182,20 @@ def test_invalid_plan_is_refused_with_line_and_rule(task: Path, name: str) -> No
     assert "'groups' number" in text or key in text
     line = int(text.split(", line ")[1].split(",")[0])
     lines = (task / "p.json").read_text().splitlines()
-    if name in ("a word", "another kind", "a digest", "none left", "a typing error"):
+    if name in ("a word", "another kind", "a digest", "fewer than none", "a typing error"):
         assert f'"{key}"' in lines[line - 1]
     elif name == "a fraction":
         assert lines[line - 1].strip().startswith("0.5")
     else:
         assert lines[line - 1].strip() == "{", "the group that is wrong begins there"
+    assert not (task / "b.onnx").exists()
+
+
+def test_plan_without_units_that_the_model_needs_is_refused(task: Path) -> None:
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+    _edit(task / "p.json", lambda c: c["groups"][0].update(keep=[], kept=0))
+    with pytest.raises(DataError, match="keeps no unit of w1, but "):
+        apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
     assert not (task / "b.onnx").exists()
 
 

@@ -277,18 +277,30 @@ BINARY = (
 
 
 def _elementwise(name: str, channels: ChannelRule) -> OpSpec:
-    return OpSpec(name, channels, encode=ENCODE.get(name), traits=TRAITS.get(name, NO_TRAITS))
+    traits = Trait.ELEMENTWISE | TRAITS.get(name, NO_TRAITS)
+    return OpSpec(name, channels, encode=ENCODE.get(name), traits=traits)
 
 
 SPECS = (
     *(_elementwise(name, passes) for name in UNARY.split()),
-    OpSpec("Dropout", _dropout, encode=same, traits=Trait.IDENTITY | Trait.MOVES),
-    OpSpec("Identity", _cast, encode=same, traits=Trait.COPIES | Trait.IDENTITY | Trait.MOVES),
-    OpSpec("Cast", _cast, encode=same, traits=Trait.CASTS),
-    OpSpec("Gelu", passes, "com.microsoft", shape=LikeInput()),
-    OpSpec("QuickGelu", passes, "com.microsoft", shape=LikeInput()),
-    OpSpec("FastGelu", passes, "com.microsoft", shape=LikeInput()),
+    OpSpec(
+        "Dropout",
+        _dropout,
+        encode=same,
+        traits=Trait.ELEMENTWISE | Trait.IDENTITY | Trait.MOVES,
+    ),
+    OpSpec(
+        "Identity",
+        _cast,
+        encode=same,
+        traits=Trait.ELEMENTWISE | Trait.COPIES | Trait.IDENTITY | Trait.MOVES,
+    ),
+    OpSpec("Cast", _cast, encode=same, traits=Trait.ELEMENTWISE | Trait.CASTS),
+    *(
+        OpSpec(name, passes, "com.microsoft", shape=LikeInput(), traits=Trait.ELEMENTWISE)
+        for name in ("Gelu", "QuickGelu", "FastGelu")
+    ),
     *(_elementwise(name, broadcast) for name in BINARY.split()),
     # The slope broadcasts one way, to the data; multidirectional alignment gives the same axes.
-    OpSpec("PRelu", broadcast, encode=_leaky_encode, traits=Trait.PIECEWISE),
+    OpSpec("PRelu", broadcast, encode=_leaky_encode, traits=Trait.ELEMENTWISE | Trait.PIECEWISE),
 )

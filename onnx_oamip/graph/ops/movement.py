@@ -462,7 +462,7 @@ SPECS = (
     ),
     OpSpec("DepthToSpace", _depth_to_space),
     OpSpec("SpaceToDepth", _space_to_depth),
-    OpSpec("Concat", _concat, encode=_concat_encode),
+    OpSpec("Concat", _concat, encode=_concat_encode, traits=Trait.JOINS),
     OpSpec("Split", _split_op, edit=EditRules(_split_repair)),
     OpSpec("Slice", _slice, edit=EditRules(_slice_repair), traits=Trait.SLICES),
     OpSpec("Gather", _gather, edit=EditRules(_gather_repair)),

@@ -204,7 +204,7 @@ SPECS = (
         "BatchNormalization",
         rule("n c *, c, c, c, c -> n c *", _training),
         encode=_batch_encode,
-        traits=Trait.BATCH_NORM | Trait.CHANNEL_AFFINE,
+        traits=Trait.ELEMENTWISE | Trait.BATCH_NORM | Trait.CHANNEL_AFFINE,
     ),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
     OpSpec("LRN", _neighbours, edit=EditRules(_spread)),

@@ -163,6 +163,10 @@ class Trait(Flag):
     """Sums positions with the same factors for every channel."""
     BRANCHES = auto()
     """Runs one of its bodies."""
+    ELEMENTWISE = auto()
+    """Works element by element or channel by channel: inputs of one element along an axis broadcast there."""
+    JOINS = auto()
+    """Puts its inputs one behind the other along an axis."""
 
 
 NO_TRAITS = Trait(0)

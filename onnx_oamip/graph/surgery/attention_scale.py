@@ -59,7 +59,7 @@ def rescale(
             continue
         size = model.shapes[consumer.data][consumer.axis]
         kept = int(coupling.keep((consumer.data, consumer.axis), units).sum())
-        if kept < size and graph.rescale(node, size, kept):
+        if 0 < kept < size and graph.rescale(node, size, kept):
             changed = True
     return result if changed else proto
 

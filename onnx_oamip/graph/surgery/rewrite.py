@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
+from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -25,6 +26,7 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph import external_data, subgraphs
+from onnx_oamip.graph.emptying import NO_EFFECT, Effect, Emptying, emptied_groups
 from onnx_oamip.graph.loading import restore
 from onnx_oamip.graph.ops import (
     Edit,
@@ -103,11 +105,17 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         units: Keep mask of the units (n_units,).
 
     Returns:
-        The narrower graph.
+        The narrower graph. In place of a linear node whose group is empty it has a constant, which has the name of the
+        output of the node.
+
+    Raises:
+        ModelError: A group is empty that the graph cannot do without.
     """
     cuts = _Cuts(model, _masks(coupling, units))
     touched = {tensor for tensor, _ in cuts.masks}
-    edits = _repairs(model, cuts, touched)
+    emptied = _emptied(model, coupling, units)
+    leave = {*emptied.idle, *emptied.biases}
+    edits = _repairs(model, cuts, touched, leave)
     if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):
         _reuse_insertions(edits, cuts, model)
     graph = gs.import_onnx(model.proto)
@@ -140,10 +148,11 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
                 added = scale(original, edit.scale, dtype, names)
                 _insert(part, node, added, tensors)
     tensors = graph.tensors()
-    for node in [n for n in graph.nodes if n.name in nodes]:
+    for node in [n for n in graph.nodes if n.name in nodes and n.name not in leave]:
         remaining = _kept_of_computed_constant(nodes[node.name], model, cuts)
         if remaining:
             _insert(graph, node, take_kept(nodes[node.name], remaining, names), tensors)
+    _leave_out(graph, emptied, cuts)
     # A repaired node has its own copy of the constant it read before: drop constants that no node reads any more.
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.toposort()
@@ -159,12 +168,41 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     return result
 
 
-def _repairs(model: Model, cuts: _Cuts, touched: Set[str]) -> dict[str, Edit]:
-    """Changes of the nodes that need any, by node name."""
+def _emptied(model: Model, coupling: Coupling, units: Bools) -> Effect:
+    """Effect of the groups without units. Raises ModelError where the graph cannot do without one."""
+    groups = emptied_groups(coupling, units)
+    if not groups:
+        return NO_EFFECT
+    effect = Emptying(model, coupling).effect(groups)
+    if effect.obstacle:
+        names = ", ".join(coupling.groups[group].name for group in sorted(groups))
+        raise ModelError(
+            f"all units of {names} are removed, but {effect.obstacle}; keep at least one of them."
+        )
+    return effect
+
+
+def _leave_out(graph: gs.Graph, emptied: Effect, cuts: _Cuts) -> None:
+    """Puts constants in place of linear nodes without inputs, and joins only what has channels."""
+    nodes = {node.name: node for node in graph.nodes}
+    for name, slots in emptied.joined.items():
+        inputs = nodes[name].inputs
+        nodes[name].inputs = [value for slot, value in enumerate(inputs) if slot not in slots]
+    for name, bias in emptied.biases.items():
+        if name not in emptied.idle:
+            output = nodes[name].outputs[0]
+            broadcast = {(output.name, axis) for axis, n in enumerate(bias.shape) if n == 1}
+            masks = {axis: keep for axis, keep in cuts.masks.items() if axis not in broadcast}
+            output.inputs.clear()
+            output.to_constant(compress(bias, output.name, masks))
+
+
+def _repairs(model: Model, cuts: _Cuts, touched: Set[str], leave: Set[str]) -> dict[str, Edit]:
+    """Changes of the nodes that need any, by node name; those to ``leave`` are not in the graph any more."""
     edits: dict[str, Edit] = {}
     for node in model.every:
         # Only nodes that the cut touches: the shapes of others may not be known.
-        if touched.isdisjoint((*node.inputs, *node.outputs)):
+        if node.name in leave or touched.isdisjoint((*node.inputs, *node.outputs)):
             continue
         if _kept_of_computed_constant(node, model, cuts):
             continue  # it computes the whole constant, from which the kept channels are taken
