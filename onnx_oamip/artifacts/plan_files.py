@@ -46,7 +46,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.core.version import __version__
 from onnx_oamip.graph.cost import Ledger
-from onnx_oamip.graph.emptying import Emptying, emptied_groups
+from onnx_oamip.graph.emptying import effect_of, emptied_groups
 
 SCHEMA_VERSION = 1
 IN_MEMORY = "(plan)"
@@ -414,10 +414,10 @@ def _check_emptied(
     keep: Bools, model: Model, coupling: Coupling, path: str | os.PathLike[str]
 ) -> None:
     """Check that the model can do without the groups of which a plan keeps no unit."""
-    emptied = emptied_groups(coupling, keep)
-    obstacle = Emptying(model, coupling).effect(emptied).obstacle
+    obstacle = effect_of(model, coupling, keep).obstacle
     if obstacle:
-        names = _listed([coupling.groups[group].name for group in sorted(emptied)])
+        emptied = sorted(emptied_groups(coupling, keep))
+        names = _listed([coupling.groups[group].name for group in emptied])
         raise DataError(
             f"{path} keeps no unit of {names}, but {obstacle}; keep at least one unit there, or {_REMEDY}."
         )

@@ -61,6 +61,21 @@ def emptied_groups(coupling: Coupling, keep: Bools) -> frozenset[int]:
     return frozenset(np.flatnonzero(kept == 0).tolist())
 
 
+def effect_of(model: Model, coupling: Coupling, keep: Bools) -> Effect:
+    """Find what becomes of a graph under a choice of units.
+
+    Args:
+        model: The model.
+        coupling: Its groups.
+        keep: Keep mask of the units (n_units,).
+
+    Returns:
+        The effect of the groups of which no unit is kept.
+    """
+    groups = emptied_groups(coupling, keep)
+    return Emptying(model, coupling).effect(groups) if groups else NO_EFFECT
+
+
 class Emptying:
     """Finds the effects of emptied groups in one model.
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from onnx_oamip.core.records import Bools, Coupling, Ints, Model
-from onnx_oamip.graph.emptying import Effect, Emptying, emptied_groups
+from onnx_oamip.graph.emptying import Effect, effect_of
 from onnx_oamip.graph.linear_layers import matrix_shape
 from onnx_oamip.graph.ops.matrix_view import Site
 
@@ -31,8 +31,7 @@ class Cut:
     @cached_property
     def emptied(self) -> Effect:
         """Effect of the groups without units."""
-        groups = emptied_groups(self.coupling, self.units)
-        return Emptying(self.model, self.coupling).effect(groups)
+        return effect_of(self.model, self.coupling, self.units)
 
 
 def output_mask(

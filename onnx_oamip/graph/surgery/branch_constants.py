@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnx_oamip.core.records import Array, Bools, Coupling, Model
 from onnx_oamip.graph import chains
 from onnx_oamip.graph.computed_constants import Constants
-from onnx_oamip.graph.emptying import Emptying, emptied_groups
+from onnx_oamip.graph.emptying import effect_of
 from onnx_oamip.graph.linear_layers import Editor, site
 from onnx_oamip.graph.ops import Trait, has
 from onnx_oamip.graph.subgraphs import reads
@@ -31,7 +31,7 @@ def fold(model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto)
     Returns:
         A model that computes the same, or ``proto`` itself without such constants.
     """
-    effect = Emptying(model, coupling).effect(emptied_groups(coupling, units))
+    effect = effect_of(model, coupling, units)
     if not effect.biases:
         return proto
     outputs = {node.outputs[0] for node in model.nodes if node.name in effect.biases}

@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph import external_data, subgraphs
-from onnx_oamip.graph.emptying import NO_EFFECT, Effect, Emptying, emptied_groups
+from onnx_oamip.graph.emptying import Effect, effect_of, emptied_groups
 from onnx_oamip.graph.loading import restore
 from onnx_oamip.graph.ops import (
     Edit,
@@ -170,12 +170,10 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
 
 def _emptied(model: Model, coupling: Coupling, units: Bools) -> Effect:
     """Effect of the groups without units. Raises ModelError where the graph cannot do without one."""
-    groups = emptied_groups(coupling, units)
-    if not groups:
-        return NO_EFFECT
-    effect = Emptying(model, coupling).effect(groups)
+    effect = effect_of(model, coupling, units)
     if effect.obstacle:
-        names = ", ".join(coupling.groups[group].name for group in sorted(groups))
+        groups = sorted(emptied_groups(coupling, units))
+        names = ", ".join(coupling.groups[group].name for group in groups)
         raise ModelError(
             f"all units of {names} are removed, but {effect.obstacle}; keep at least one of them."
         )
