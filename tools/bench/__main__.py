@@ -60,7 +60,7 @@ STUDIES = (
     "cuda",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
-EXTRA = ("seeds", "fashion", "mnist", "larger")
+EXTRA = ("seeds", "fashion", "mnist", "larger", "methods", "budgets")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,9 +96,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", action="append", default=[], help="only this model; may be given more than once"
     )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        dest="methods",
+        metavar="NAME",
+        help="of larger: only this method, as its table names it; may be given more than once",
+    )
+    parser.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        type=float,
+        dest="budgets",
+        metavar="SHARE",
+        help="of larger: only this share of the MACs; may be given more than once",
+    )
     chosen = parser.parse_args(arguments)
     names = STUDIES if "all" in chosen.study else [s for s in chosen.study if s in STUDIES]
     extra = {key: getattr(chosen, key) for key in EXTRA}
+    extra |= {key: tuple(extra[key]) for key in ("methods", "budgets")}
     status = 0
     if names:
         status = drive(

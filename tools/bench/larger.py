@@ -1,11 +1,11 @@
-"""Larger networks at equal MACs, without retraining: ResNet-56, VGG-16 and EfficientNet-Lite0 with published weights.
+"""Larger networks at equal MACs, without retraining: ResNet-56, VGG-16 and EfficientNet-Lite with published weights.
 
 ``--larger DIR`` names the folder that ``tools/make_larger_models.py`` fills. All methods get the same 512 calibration
-images; Taylor gets their labels too. Networks with labelled test images are judged by accuracy; EfficientNet-Lite0 by
+images; Taylor gets their labels too. Networks with labelled test images are judged by accuracy; EfficientNet-Lite by
 how often its first answer is that of the original on crops of photographs that no method has seen, and beside it by
 how many of the first five answers are the same, and by the mean Kullback-Leibler divergence of its answers from the
 original's. What is not installed or not in DIR is left out, with a message. Every row is stored when it is measured,
-and methods whose rows are complete are not measured again.
+and no row is measured twice. ``--method NAME`` and ``--budget SHARE`` measure a part of the rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -31,12 +31,12 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 
 from .rivals import OURS, bisect
-from .studies import Resumable, Row, save
+from .studies import LeftOut, Resumable, Row, save
 
 if TYPE_CHECKING:
     from .larger_rivals import Peer
 
-NETWORKS = ("efficientnet-lite0", "resnet56", "vgg16")
+NETWORKS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "resnet56", "vgg16")
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25)
 BATCH = 32
 FIRST = 5
@@ -67,8 +67,30 @@ SUMMARY = (
 )
 
 
-def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
-    """Measure every method on every network; ``larger-summary`` has one row per network and budget."""
+def run(
+    out: Path,
+    seed: int,
+    names: tuple[str, ...] = (),
+    larger: Path | None = None,
+    methods: tuple[str, ...] = (),
+    budgets: tuple[float, ...] = (),
+) -> str:
+    """Measure every method on every network; ``larger-summary`` has one row per network and budget.
+
+    Args:
+        out: Folder of the rows; those that it holds are not measured again.
+        seed: Seed of ours.
+        names: Networks; all of ``NETWORKS`` if empty.
+        larger: Folder of the networks.
+        methods: Methods to measure; all if empty.
+        budgets: Shares of the MACs to measure at; ``BUDGETS`` if empty.
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        LeftOut: There is no method of a given name.
+    """
     study = Resumable(out, "larger", COLUMNS, seed)
     for name in names or NETWORKS:
         if missing := absent(name, larger):
@@ -76,8 +98,17 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None =
             continue
         assert larger is not None
         bench = Bench(name, larger)
-        for method, rows in _methods(bench, seed):
-            study.measure({"model": name, "method": method}, len(BUDGETS), rows)
+        known = _methods(bench, seed, ours_only=bool(methods) and set(methods) <= set(OURS))
+        if unknown := sorted(set(methods) - set(known)):
+            raise LeftOut(f"no method '{unknown[0]}'; there are: {', '.join(known)}.")
+        for method in methods or known:
+            wanted = [
+                budget
+                for budget in budgets or BUDGETS
+                if not study.holds({"model": name, "method": method, "MACs asked": budget})
+            ]
+            for row in known[method](wanted) if wanted else ():
+                study.add(row)
     if not study.rows:
         return ""
     save(out, "larger-summary", summary(study.rows), SUMMARY, seed, measured=study.environment)
@@ -175,27 +206,41 @@ def divergence(expected: Array, found: Array) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def _methods(bench: Bench, seed: int) -> Iterator[tuple[str, Iterator[Row]]]:
-    """Names of all methods, each with its rows, which are measured as they are iterated over."""
-    for method, changes in OURS.items():
-        yield method, _ours(bench, method, changes, seed)
+Measured = Callable[[Sequence[float]], Iterator[Row]]
+"""A method on one network: rows at some budgets, which are measured as they are iterated over."""
+
+
+def _methods(bench: Bench, seed: int, ours_only: bool = False) -> dict[str, Measured]:
+    """Methods by name. Rivals load their own networks, so that they are left out where none of them is asked for."""
+    found: dict[str, Measured] = {
+        method: partial(_ours, bench, method, changes, seed) for method, changes in OURS.items()
+    }
+    if ours_only:
+        return found
     missing = [
         p for p in ("torch", "torch_pruning", "onnxsim") if importlib.util.find_spec(p) is None
     ]
     if missing:
         print(f"{bench.name}: rivals are left out: {', '.join(missing)} not installed.", flush=True)
-        return
+        return found
     from .larger_rivals import peers
 
-    for method, peer in peers(bench).items():
-        yield method, _theirs(bench, method, peer)
+    theirs = {name: partial(_theirs, bench, name, peer) for name, peer in peers(bench).items()}
+    return {**found, **theirs}
 
 
-def _ours(bench: Bench, method: str, changes: dict[str, str], seed: int) -> Iterator[Row]:
+def _ours(
+    bench: Bench,
+    method: str,
+    changes: dict[str, str],
+    seed: int,
+    budgets: Sequence[float],
+) -> Iterator[Row]:
+    """Rows of ours: statistics and losses are measured once for all budgets."""
     with TemporaryDirectory() as kept:
-        settings = Settings.create(macs=BUDGETS[0], seed=seed, cache=kept, **changes)
+        settings = Settings.create(macs=budgets[0], seed=seed, cache=kept, **changes)
         ready = prepare.prepare(bench.model, bench.data, settings)
-        for budget in BUDGETS:
+        for budget in budgets:
             here = replace(ready, settings=settings.model_copy(update={"macs": budget}))
             try:
                 yield bench.row(budget, method, search.search(here).pruned.proto)
@@ -203,7 +248,8 @@ def _ours(bench: Bench, method: str, changes: dict[str, str], seed: int) -> Iter
                 yield bench.row(budget, method, None, str(error))
 
 
-def _theirs(bench: Bench, method: str, peer: Peer) -> Iterator[Row]:
+def _theirs(bench: Bench, method: str, peer: Peer, budgets: Sequence[float]) -> Iterator[Row]:
+    """Rows of a rival, whose ratio is bisected to every budget."""
     failed: list[str] = []
     cut: Callable[[float], onnx.ModelProto] = cache(peer.cut)
 
@@ -215,7 +261,7 @@ def _theirs(bench: Bench, method: str, peer: Peer) -> Iterator[Row]:
             failed.append(f"{type(error).__name__}: {str(error).strip()[:80]}")
             return float("nan")
 
-    for budget in BUDGETS:
+    for budget in budgets:
         ratio = bisect(share, budget)
         if ratio is None:
             yield bench.row(budget, method, None, failed[-1] if failed else "MACs not reached")
