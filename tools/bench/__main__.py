@@ -46,6 +46,7 @@ STUDIES = (
     "storage",
     "large",
     "larger",
+    "low_rank",
     "real",
     "rivals",
     "latency",
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--larger",
         type=Path,
         metavar="DIR",
-        help="of larger, real, mechanisms and recover: what tools.make_larger_models made",
+        help="of larger, low_rank, real, mechanisms and recover: what tools.make_larger_models made",
     )
     parser.add_argument(
         "--model", action="append", default=[], help="only this model; may be given more than once"
