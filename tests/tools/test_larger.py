@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tools import photographs
 from tools.bench import larger
+from tools.bench.studies import LeftOut, Row
 
 
 def picture(seed: int, size: tuple[int, int] = (260, 230)) -> Image.Image:
@@ -68,6 +70,7 @@ def test_crops_cover_every_photograph_and_stay_inside() -> None:
     assert (found.shape, found.dtype) == ((8, 3, 224, 224), np.uint8)
     assert [set(np.unique(crop[0])) for crop in found] == [{50 * (i % 3)} for i in range(8)]
     assert np.unique(found[:, 2]).tolist() == [255]
+    assert photographs.crops(plain, 2, size=60).shape == (2, 3, 60, 60)
 
 
 def test_first_crop_is_the_centre_square() -> None:
@@ -146,3 +149,28 @@ def test_summary_shows_the_best_rival_of_every_row() -> None:
     )
     assert quarter["ours"] is None
     assert "best rival" not in quarter
+
+
+def test_only_missing_rows_of_chosen_methods_and_budgets_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, float]] = []
+
+    def method(name: str) -> larger.Measured:
+        def rows(budgets: Sequence[float]) -> Iterator[Row]:
+            for budget in budgets:
+                measured.append((name, budget))
+                row = {"model": "m", "MACs asked": budget, "method": name}
+                yield {**row, "judged by": "accuracy", "before": 90.0, "after": 80.0}
+
+        return rows
+
+    monkeypatch.setattr(larger, "absent", lambda *_: None)
+    monkeypatch.setattr(larger, "Bench", lambda *_: None)
+    known = {"ours": method("ours"), "random": method("random")}
+    monkeypatch.setattr(larger, "_methods", lambda *_, **__: known)
+    larger.run(tmp_path, 0, ("m",), tmp_path, ("ours",), (0.5,))
+    larger.run(tmp_path, 0, ("m",), tmp_path, ("ours", "random"), (0.5, 0.8))
+    assert measured == [("ours", 0.5), ("ours", 0.8), ("random", 0.5), ("random", 0.8)]
+    with pytest.raises(LeftOut, match="no method 'L2'; there are: ours, random"):
+        larger.run(tmp_path, 0, ("m",), tmp_path, ("L2",))

@@ -430,7 +430,7 @@ def _rank_losses(
             taps=1,
             rows=ROWS,
         )
-    _factor(proto, ready.model, places, factors)
+    factor(proto, ready.model, places, factors)
     model = remade(ready.model, proto)
     coupling = couple(model)
     order = np.zeros(coupling.n_units)
@@ -480,7 +480,7 @@ def factorised(weight: Floats, covariance: Floats) -> tuple[Floats, Floats, Floa
     return outer, inner, np.maximum(variances, 0.0)
 
 
-def _factor(
+def factor(
     proto: onnx.ModelProto,
     model: Model,
     places: Sequence[Site],

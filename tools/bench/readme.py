@@ -130,7 +130,7 @@ TEXT = {
         "Larger networks against others",
         (
             "Without retraining, on 512 calibration images (Taylor also gets labels). ResNet-56 and VGG-16 on "
-            "Fashion-MNIST are judged by accuracy on 2,000 test images, EfficientNet-Lite0 with its published ImageNet "
+            "Fashion-MNIST are judged by accuracy on 2,000 test images, EfficientNet-Lite with its published ImageNet "
             "weights by how often its first answer is the original's, on 512 crops of photographs that calibration did "
             "not see; all in percent. Divergence from the original's answers is in nats."
         ),
@@ -140,6 +140,24 @@ TEXT = {
         (
             "Ours and the best rival at the same MACs, picked row by row by the figure shown, which favours the rival. "
             "Random has our allocation and no refit."
+        ),
+    ),
+    "low_rank": (
+        "Low-rank factors by layer",
+        (
+            "Dense layers and 1x1 convolutions with at least a hundredth of the MACs: loss of the model with the layer "
+            "in low-rank factors, over the least loss of a group that the layer reads or writes, narrowed until the "
+            "model saves as many MACs, at three shares of the layer's MACs. Both are measured on samples that no fit "
+            "used, in the default order and basis of units; losses below 0.00001 count as that."
+        ),
+    ),
+    "low_rank-gain": (
+        "Low-rank factors in the budget program",
+        (
+            "Loss that the budget program predicts with widths alone, the same found by the search of this study, and "
+            "that with ranks as a further choice; the number of layers that a rank serves better at equal MACs; layers "
+            "that the search factors, and the share of the predicted loss that this saves. Losses of single changes "
+            "are added up, so that the share is what could be gained at most."
         ),
     ),
     "real": (
