@@ -11,6 +11,7 @@ import numpy as np
 
 from onnx_oamip import executors
 from onnx_oamip.artifacts import cache, cache_entries, score_files
+from onnx_oamip.core import freed_memory
 from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
@@ -393,6 +394,8 @@ def open_context(
     """
     dataset.check_extras(source, eval_data)
     clock = clock or Clock()
+    if settings.max_memory is not None:
+        freed_memory.return_large_blocks()
     libraries = op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     store = cache.open_store(settings.cache)
@@ -426,6 +429,7 @@ def open_context(
             held = batching.alike(session, samples, held)
             judged = batching.alike(session, samples, judged)
         unfused = (UNFUSED,) if session.unfused else ()
+        del session  # it holds a copy of the weights
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
     identity = {
         **_cache_identity(model, samples, settings, device),

@@ -67,7 +67,7 @@ def score(
     values = activation.score(model, coupling, statistics, settings).values.copy()
     # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
     grams = statistics[COVARIANCE]
-    workers = parallel_groups(settings.workers, model, grams, settings.max_memory)
+    workers = parallel_groups(settings.workers, model, coupling, grams, settings.max_memory)
     pool = executor(workers, settings.scheduler)
     every_job = jobs(coupling, grams)
     shared = (model, coupling, statistics.get(RELEVANCE, {}))

@@ -180,7 +180,7 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
         [feed for _, feed in few.batches(context.batch)],
         device=context.device,
         objective=context.objective,
-        workers=parallel_groups(context.workers, model, grams, settings.max_memory),
+        workers=parallel_groups(context.workers, model, coupling, grams, settings.max_memory),
         progress=context.progress,
         repair=settings.refit,
         scheduler=settings.scheduler,

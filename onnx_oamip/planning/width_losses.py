@@ -146,7 +146,7 @@ def losses_of_groups(
             feeds,
             device=context.device,
             objective=context.objective,
-            workers=parallel_groups(context.workers, model, grams, settings.max_memory),
+            workers=parallel_groups(context.workers, model, coupling, grams, settings.max_memory),
             progress=context.progress,
             repair=settings.refit,
             scheduler=settings.scheduler,

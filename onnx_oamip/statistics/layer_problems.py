@@ -33,8 +33,14 @@ RIDGE = 1e-3
 MAX_SPREAD = 1 / RIDGE
 """Variance over the median variance from which an input would make ridges larger than the median; it is scaled down."""
 
-COPIES = 6
-"""Arrays of the size of a consumer's covariance or weight that the problem of a group takes at the same time."""
+HELD = 3
+"""Arrays of the size of a consumer's covariance or weight that are held while a group is solved, for each consumer."""
+PASSING = 3
+"""Further arrays of that size for one consumer at a time."""
+MODEL_COPIES = 6
+"""Copies of all constants: the file, their values, and models in the runtime."""
+LIBRARY_BYTES = 200 << 20
+"""Memory of Python, the libraries and ONNX Runtime, before a model is read."""
 VALUE_BYTES = 8
 """Bytes of a value in double precision."""
 
@@ -296,6 +302,7 @@ def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
 def parallel_groups(
     requested: int | None,
     model: Model,
+    coupling: Coupling,
     grams: Mapping[str, Gram],
     max_memory: int | None,
 ) -> int | None:
@@ -304,22 +311,35 @@ def parallel_groups(
     Args:
         requested: Number of threads asked for; None for one per processor.
         model: The model.
+        coupling: Its groups and consumers.
         grams: Covariances by consumer node.
         max_memory: Target for memory in bytes; None for no bound.
 
     Returns:
-        The number of threads, at least 1: those whose arrays take half of the memory if every group had the largest
-        covariance, or the largest weight in double precision. ``requested`` where there is no bound.
+        The number of threads, at least 1: those whose arrays take half of the memory, or what the libraries and the
+        copies of the model leave of it, if every group were as large as the largest. ``requested`` without a bound.
     """
     if max_memory is None:
         return requested
-    largest = max((gram.values.nbytes for gram in grams.values()), default=0)
-    for node in model.nodes:
-        layer = site(node, model.constants) if node.name in grams else None
-        if layer is not None:
-            largest = max(largest, VALUE_BYTES * model.constants[layer.weight].size)
-    within = max_memory // 2 // max(1, COPIES * largest)
+    largest = max((_group_bytes(model, own) for _, own in jobs(coupling, grams)), default=0)
+    constants = sum(value.nbytes for value in model.constants.values())
+    left = max_memory - LIBRARY_BYTES - MODEL_COPIES * constants
+    within = min(max_memory // 2, left) // max(1, largest)
     return max(1, min(requested or os.cpu_count() or 1, within))
+
+
+def _group_bytes(model: Model, grams: Mapping[str, Gram]) -> int:
+    """Estimate the memory of a group's problems from the covariances and weights of its consumers.
+
+    A covariance that several nodes share counts once. Weights count in double precision.
+    """
+    nodes = {node.name: node for node in model.nodes}
+    sizes: dict[int, int] = {}
+    for name, gram in grams.items():
+        layer = site(nodes[name], model.constants)
+        weight = 0 if layer is None else VALUE_BYTES * model.constants[layer.weight].size
+        sizes[id(gram)] = max(gram.values.nbytes, weight)
+    return HELD * sum(sizes.values()) + PASSING * max(sizes.values(), default=0)
 
 
 def shrinkage(gram: Floats, rows: int, columns: int | None = None) -> float:

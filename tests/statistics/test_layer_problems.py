@@ -12,12 +12,15 @@ import pytest
 from graphs import MLP, build, load, samples
 
 from onnx_oamip.api.prepare import prepare
-from onnx_oamip.core.records import Consumer, Gram
+from onnx_oamip.core.records import Consumer, Coupling, Gram, Model
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import Threads
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance import obs
+from onnx_oamip.statistics import layer_problems
 from onnx_oamip.statistics.layer_problems import (
-    COPIES,
+    HELD,
+    PASSING,
     Problem,
     compensate,
     parallel_groups,
@@ -34,27 +37,78 @@ def _gram(size: int) -> Gram:
     )
 
 
-def test_groups_side_by_side_take_half_of_the_memory(tmp_path: Path) -> None:
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Coupling, list[str]]:
+    """A model of which only problems take memory, and its linear nodes behind the first."""
+    monkeypatch.setattr(layer_problems, "LIBRARY_BYTES", 0)
+    monkeypatch.setattr(layer_problems, "MODEL_COPIES", 0)
     model = load(build(MLP), tmp_path)
-    first, second, *_ = (n.name for n in model.nodes if n.op in ("Gemm", "MatMul"))
-    grams = {first: _gram(10), second: _gram(100)}
-    group = COPIES * 8 * 100**2
-    assert parallel_groups(7, model, grams, None) == 7
-    assert parallel_groups(None, model, grams, None) is None
-    assert parallel_groups(7, model, grams, 2 * 3 * group) == 3
-    assert parallel_groups(2, model, grams, 2 * 3 * group) == 2
-    assert parallel_groups(7, model, grams, group) == 1
-    assert parallel_groups(None, model, grams, 2 * 10**4 * group) == os.cpu_count()
-    assert parallel_groups(7, model, {}, 1) == 1
+    return model, couple(model), [n.name for n in model.nodes if n.op in ("Gemm", "MatMul")][1:]
 
 
-def test_weights_count_where_they_are_larger_than_covariances(tmp_path: Path) -> None:
-    model = load(build(MLP), tmp_path)
-    node = next(node for node in model.nodes if node.op in ("Gemm", "MatMul"))
-    weight = COPIES * 8 * model.constants[node.inputs[1]].size
-    grams = {node.name: _gram(1)}
-    assert parallel_groups(7, model, grams, 2 * 3 * weight) == 3
-    assert parallel_groups(7, model, grams, 2 * 3 * weight - 1) == 2
+Case = tuple[Model, Coupling, list[str]]
+
+
+def test_groups_side_by_side_take_half_of_the_memory(case: Case) -> None:
+    model, coupling, nodes = case
+    grams = {nodes[0]: _gram(100), **{name: _gram(10) for name in nodes[1:]}}
+    group = (HELD + PASSING) * 8 * 100**2
+    assert parallel_groups(7, model, coupling, grams, None) == 7
+    assert parallel_groups(None, model, coupling, grams, None) is None
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * group) == 3
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * group - 1) == 2
+    assert parallel_groups(2, model, coupling, grams, 2 * 3 * group) == 2
+    assert parallel_groups(7, model, coupling, grams, group) == 1
+    assert parallel_groups(None, model, coupling, grams, 2 * 10**4 * group) == os.cpu_count()
+    assert parallel_groups(7, model, coupling, {}, 1) == 1
+
+
+def test_weights_count_where_they_are_larger_than_covariances(case: Case) -> None:
+    model, coupling, nodes = case
+    weights = {
+        node.name: model.constants[node.inputs[1]].size
+        for node in model.nodes
+        if node.name in nodes
+    }
+    weight = (HELD + PASSING) * 8 * max(weights.values())
+    grams = {name: _gram(1) for name in weights}
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * weight) == 3
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * weight - 1) == 2
+
+
+def test_all_consumers_of_a_group_count_and_shared_covariances_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_problems, "LIBRARY_BYTES", 0)
+    monkeypatch.setattr(layer_problems, "MODEL_COPIES", 0)
+    text = """(float[N,4] x) => (float[] y, float[] z) <float[4,6] w, float[6,2] v, float[6,2] u>
+        { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) z = MatMul(r, u) }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    first, second = (node.name for node in model.nodes[2:])
+    one, other = 8 * 100**2, 8 * 50**2
+    group = HELD * (one + other) + PASSING * one
+    grams = {first: _gram(100), second: _gram(50)}
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * group) == 3
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * group - 1) == 2
+    shared = _gram(100)
+    grams = {first: shared, second: shared}
+    assert parallel_groups(7, model, coupling, grams, 2 * 3 * (HELD + PASSING) * one) == 3
+
+
+def test_groups_get_what_libraries_and_the_model_leave(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, coupling, nodes = case
+    grams = {nodes[0]: _gram(100)}
+    group = (HELD + PASSING) * 8 * 100**2
+    constants = sum(value.nbytes for value in model.constants.values())
+    monkeypatch.setattr(layer_problems, "LIBRARY_BYTES", 10 * group)
+    monkeypatch.setattr(layer_problems, "MODEL_COPIES", 5)
+    taken = 10 * group + 5 * constants
+    assert parallel_groups(7, model, coupling, grams, taken + 3 * group) == 3
+    assert parallel_groups(7, model, coupling, grams, taken + 3 * group - 1) == 2
+    assert parallel_groups(7, model, coupling, grams, taken // 2) == 1
 
 
 def test_scores_and_losses_keep_to_the_memory(
@@ -68,7 +122,7 @@ def test_scores_and_losses_keep_to_the_memory(
 
     monkeypatch.setattr(obs, "executor", record)
     monkeypatch.setattr("onnx_oamip.planning.sensitivity.executor", record)
-    monkeypatch.setattr("onnx_oamip.statistics.layer_problems.COPIES", 10**9)
+    monkeypatch.setattr(layer_problems, "HELD", 10**9)
     model = load(build(MLP), tmp_path)
     settings = Settings.create(
         macs=0.5, align=1, device="cpu", workers=4, max_memory="1GB", refit="bias"

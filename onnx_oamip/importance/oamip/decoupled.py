@@ -114,7 +114,7 @@ def score(
     without_moments: list[str] = []
     without_program: list[str] = []
     grams = statistics[COVARIANCE]
-    workers = parallel_groups(settings.workers, model, grams, settings.max_memory)
+    workers = parallel_groups(settings.workers, model, coupling, grams, settings.max_memory)
     pool = executor(workers, settings.scheduler)
     shared = (model, coupling, settings, statistics.get(RELEVANCE, {}))
     results = pool.map(_score_group, shared, jobs(coupling, grams))
