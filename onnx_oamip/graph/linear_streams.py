@@ -3,8 +3,11 @@
 A stream has the channels of one group. Its writers are linear nodes that give these channels, its readers linear nodes
 that contract them. Where all nodes in between treat every channel alike (sums, identities, moves of positions, averages
 over positions), the channels ``x`` can be replaced by ``T x`` with any invertible T: writers give ``T W``, readers take
-``W T^-1``, and the model computes the same. The channels of an attention's values are such a stream within every head,
-and queries with keys are a pair of them: where queries become ``T q``, keys become ``T^-T k``.
+``W T^-1``, and the model computes the same. A batch normalisation right behind a writer, or right in front of readers
+alone, gives its factors to their weights and keeps a shift.
+
+The channels of an attention's values are such a stream within every head, and queries with keys are a pair of them:
+where queries become ``T q``, keys become ``T^-T k``.
 """
 
 from __future__ import annotations
@@ -18,10 +21,21 @@ import onnx
 from onnx_oamip.core.records import Axis, Coupling, Floats, Group, Ints, Model, Node
 from onnx_oamip.graph.linear_layers import Editor, matrix, quantised, site, unmatrix
 from onnx_oamip.graph.loading import remade
-from onnx_oamip.graph.ops import Trait, consumers_by_tensor, has, lookup
+from onnx_oamip.graph.ops import (
+    Trait,
+    batch_affine,
+    consumers_by_tensor,
+    has,
+    lookup,
+    shift_alone,
+)
 from onnx_oamip.graph.ops.matrix_view import Site
 
 PASSES = Trait.IDENTITY | Trait.MOVES | Trait.AVERAGES | Trait.SUM
+SHIFT = 2
+"""Input index of the shift of a batch normalisation."""
+LEAST_FACTOR = 1e-3
+"""Least factor of a batch normalisation in front of readers, over its largest: its shift is divided by them."""
 MOST_ZEROS = 0.5
 """Share of zeros of a weight from which on it counts as sparse: a change of basis would fill them."""
 
@@ -42,6 +56,21 @@ class Addend:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A batch normalisation of a stream, whose factors linear nodes can take.
+
+    Attributes:
+        node: The batch normalisation.
+        places: The writer in front of it, or the readers behind it.
+        is_behind: Whether it is behind a writer.
+    """
+
+    node: Node
+    places: tuple[Site, ...]
+    is_behind: bool
+
+
+@dataclass(frozen=True)
 class Side:
     """Tensors that are in one basis.
 
@@ -49,12 +78,14 @@ class Side:
         writers: Linear nodes that give their channels.
         readers: Linear nodes that contract them; none of a side that another activation contracts.
         addends: Constants that are added to them.
+        norms: Batch normalisations of them.
         last: The last of the tensors that has all channels along one axis.
     """
 
     writers: tuple[Site, ...]
     readers: tuple[Site, ...]
     addends: tuple[Addend, ...]
+    norms: tuple[Norm, ...]
     last: Axis
 
 
@@ -135,10 +166,65 @@ def rotated(model: Model, bases: Iterable[tuple[Stream, Basis]]) -> Model:
     proto.CopyFrom(model.proto)
     editor = Editor(proto)
     for stream, basis in bases:
+        _fold_norms(editor, model, stream)
         _rotate(editor, stream.side, basis)
         if stream.opposite is not None:
             _rotate(editor, stream.opposite, basis.contragredient)
     return remade(model, proto)
+
+
+def without_norms(model: Model, streams: Sequence[Stream]) -> Model:
+    """Give the factors of all batch normalisations of streams to the linear nodes beside them.
+
+    Args:
+        model: A model.
+        streams: Its streams.
+
+    Returns:
+        A model that computes the same up to rounding, with the same names; the given one without such nodes.
+    """
+    sides = [side for stream in streams for side in (stream.side, stream.opposite)]
+    if not any(side is not None and side.norms for side in sides):
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    editor = Editor(proto)
+    for stream in streams:
+        _fold_norms(editor, model, stream)
+    return remade(model, proto)
+
+
+def _fold_norms(editor: Editor, model: Model, stream: Stream) -> None:
+    for side in (stream.side, stream.opposite):
+        for norm in side.norms if side is not None else ():
+            _fold_norm(editor, model, norm)
+
+
+def _fold_norm(editor: Editor, model: Model, norm: Norm) -> None:
+    """Multiply the weights beside a batch normalisation by its factors; the node keeps a shift."""
+    read = batch_affine(norm.node, model.constants)
+    assert read is not None
+    factor, shift = read
+    for place in norm.places:
+        by_channel = factor[:, None, None] if norm.is_behind else factor[None, :, None]
+        _store(editor, place, by_channel * _weight(editor, place))
+    if norm.is_behind:
+        _scale_bias(editor, norm.places[0], factor)
+    else:
+        shift = shift / factor
+    node = editor.nodes[norm.node.name]
+    for slot, value in shift_alone(norm.node, shift).items():
+        like = model.constants[norm.node.inputs[slot]]
+        editor.replace(node, slot, value.astype(like.dtype))
+
+
+def _scale_bias(editor: Editor, place: Site, factor: Floats) -> None:
+    node, bias = editor.nodes[place.node.name], place.rules.bias
+    if bias is None or len(node.input) <= bias.slot or not node.input[bias.slot]:
+        return
+    old = editor.constant(node.input[bias.slot])
+    assert old is not None
+    editor.replace(node, bias.slot, (old * factor).astype(old.dtype))
 
 
 def _rotate(editor: Editor, side: Side, basis: Basis) -> None:
@@ -273,8 +359,41 @@ class _Finder:
             if place is None and _is_product(node):
                 return "product"
             raise _NotLinear(f"{node} is not linear over its channels")
-        self._must_pass(node, axes)
+        if has(node, Trait.BATCH_NORM):
+            self._norm(node, axes)
+        else:
+            self._must_pass(node, axes)
         return "passes"
+
+    def _norm(self, node: Node, axes: Mapping[Axis, Ints]) -> Norm:
+        """A batch normalisation of the channels. Raises _NotLinear where no linear nodes can take its factors."""
+        affine = batch_affine(node, self.model.constants)
+        if affine is None:
+            raise _NotLinear(f"{node} computes its parameters")
+        for slot in range(1, 5):
+            self._must_be_own(node, slot)
+        data, output = node.inputs[0], node.outputs[0]
+        writer = self._site_of(self.producers.get(data))
+        if writer is not None and self._gives(writer, axes) and len(self.consumers[data]) == 1:
+            return Norm(node, (writer,), is_behind=True)
+        readers = [self._site_of(reader) for reader in self.consumers[output]]
+        places = tuple(
+            place
+            for place in readers
+            if place is not None and place.data == output and not self._gives(place, axes)
+        )
+        if not places or len(places) < len(readers):
+            raise _NotLinear(f"{node} is neither right behind a linear node nor before such alone")
+        size = np.abs(affine[0])
+        if size.min() < LEAST_FACTOR * size.max() or size.max() == 0:
+            raise _NotLinear(f"{node} has factors near zero")
+        return Norm(node, places, is_behind=False)
+
+    def _site_of(self, node: Node | None) -> Site | None:
+        """Linear form of a node of the main graph."""
+        if node is None or node.name not in self.order:
+            return None
+        return site(node, self.model.constants)
 
     def _gives(self, place: Site, axes: Mapping[Axis, Ints]) -> bool:
         """Tests for a linear node whose weight makes the channels."""
@@ -305,6 +424,7 @@ class _Finder:
         writers: dict[str, Site] = {}
         readers: dict[str, Site] = {}
         addends: dict[tuple[str, int], Addend] = {}
+        norms: dict[str, Norm] = {}
         for tensor, axis in part:
             producer = self.producers[tensor]
             if self._role(producer, (tensor, axis), axes) == "writes":
@@ -317,6 +437,9 @@ class _Finder:
                     and producer.inputs[bias.slot]
                 ):
                     addends[producer.name, bias.slot] = self._addend(producer, bias.slot, axes)
+            elif has(producer, Trait.BATCH_NORM):
+                norms[producer.name] = self._norm(producer, axes)
+                addends[producer.name, SHIFT] = self._addend(producer, SHIFT, axes)
             elif has(producer, Trait.SUM):
                 for slot, name in enumerate(producer.inputs):
                     if name in self.model.constants:
@@ -328,7 +451,13 @@ class _Finder:
         if not writers or not flat:
             raise _NotLinear("no linear node gives its channels")
         last = max(flat, key=lambda axis: self.order[self.producers[axis[0]].name])
-        return Side(tuple(writers.values()), tuple(readers.values()), tuple(addends.values()), last)
+        return Side(
+            tuple(writers.values()),
+            tuple(readers.values()),
+            tuple(addends.values()),
+            tuple(norms.values()),
+            last,
+        )
 
     def _free_weight(self, node: Node, channels: int) -> Site:
         """A linear node whose weight may be changed. Raises _NotLinear where it may not."""
@@ -372,6 +501,7 @@ class _Finder:
             places = (*side.writers, *side.readers)
             names = [place.weight for place in places]
             names += [addend.node.inputs[addend.slot] for addend in side.addends]
+            names += [name for norm in side.norms for name in norm.node.inputs[1:]]
             for name in names:
                 known |= {name, self.model.source(name), *self._views_between(name)}
         for tensor, _ in axes:

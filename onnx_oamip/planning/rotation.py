@@ -82,8 +82,9 @@ def rotate(context: Context) -> Context:
     )
     if not streams:
         return context
-    moments = _moments(context, streams)
-    bases = tuple((stream, _basis(model, stream, moments)) for stream in streams)
+    plain = linear_streams.without_norms(model, streams)
+    moments = _moments(replace(context, model=plain), streams)
+    bases = tuple((stream, _basis(plain, stream, moments)) for stream in streams)
     usable = tuple((stream, basis) for stream, basis in bases if _is_finite(basis))
     context = _noted(context, len(bases) - len(usable), "their components are not finite")
     if not usable:

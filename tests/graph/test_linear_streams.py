@@ -117,18 +117,75 @@ def test_attention_has_a_stream_of_values_and_a_pair_of_queries_and_keys(tmp_pat
 
 
 HEAD = "h = Conv<pads = [1, 1, 1, 1]>(s, wh)"
-NORMALISED = BOTTLENECKS.replace(
-    "float[8,4] wy>", "float[8,4] wy, float[6] gain, float[6] m, float[6] c, float[6] var>"
-).replace(
-    HEAD,
-    "n = BatchNormalization(s, gain, m, c, var)\n    h = Conv<pads = [1, 1, 1, 1]>(n, wh)",
+WRITTEN = "p = Conv(t, wp, bp)"
+WITH_PARAMETERS = BOTTLENECKS.replace(
+    "float[8,4] wy>",
+    "float[8,4] wy, float[6] g1, float[6] s1, float[6] m1, float[6] v1,"
+    " float[6] g2, float[6] s2, float[6] m2, float[6] v2>",
 )
+NORMALISED = WITH_PARAMETERS.replace(
+    HEAD, "n = BatchNormalization(s, g1, s1, m1, v1)\n    h = Conv<pads = [1, 1, 1, 1]>(n, wh)"
+).replace(
+    WRITTEN, "q = Conv(t, wp, bp)\n    p = BatchNormalization<epsilon = 0.1>(q, g2, s2, m2, v2)"
+)
+
+
+def _normalised(text: str = NORMALISED, **changes: list[float]) -> ModelProto:
+    """The network with batch normalisations behind a writer and in front of a reader."""
+    proto = build(text)
+    rng = np.random.default_rng(3)
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("v1", "v2", "g1", "g2"):
+            value = changes.get(tensor.name, rng.uniform(0.3, 2, 6))
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(value, np.float32), tensor.name))
+    return proto
+
+
+def test_batch_normalisations_beside_linear_nodes_are_part_of_a_stream(tmp_path: Path) -> None:
+    model = load(_normalised(), tmp_path)
+    coupling = couple(model)
+    streams, _ = linear_streams.find(model, coupling)
+    (stream,) = streams
+    where = [(norm.node.outputs[0], norm.is_behind) for norm in stream.side.norms]
+    assert sorted(where) == [("n", False), ("p", True)]
+    assert linear_streams.without_norms(model, ()) is model
+    plain = linear_streams.without_norms(model, streams)
+    assert not np.allclose(plain.constants["wp"], model.constants["wp"])
+    assert _difference(model, plain) < 1e-5
+    turned = linear_streams.rotated(model, _bases(streams))
+    assert _difference(model, turned) < 1e-5
+    again = couple(turned)
+    assert list(again.axes) == list(coupling.axes)
+    assert_exact(turned, again, random_keep(again, np.random.default_rng(0), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("proto", "reason"),
+    [
+        (_normalised(g1=[1.0, 0.0, 1.0, 1.0, 1.0, 1.0]), "factors near zero"),
+        (
+            _normalised(
+                NORMALISED.replace("(n, wh)", "(nr, wh)").replace(
+                    "    h = Conv", "    nr = Relu(n)\n    h = Conv"
+                )
+            ),
+            "neither right behind a linear node",
+        ),
+        (_normalised(NORMALISED.replace("v2)", "v1)")), "several nodes share"),
+    ],
+    ids=["no factor", "before an activation", "shared parameters"],
+)
+def test_stream_keeps_channels_where_no_linear_node_takes_the_factors(
+    proto: ModelProto, reason: str, tmp_path: Path
+) -> None:
+    _, streams, reasons = _found(proto, tmp_path)
+    assert streams == []
+    assert any(reason in found for found in reasons.values()), reasons
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (NORMALISED, "BatchNormalization"),
         (BOTTLENECKS.replace("s = Add(a, p)", "q = Add(a, p)\n    s = Relu(q)"), "Relu"),
         (BOTTLENECKS.replace("s = Add(a, p)", "s = Mul(a, p)"), "Mul"),
         (
@@ -141,7 +198,7 @@ NORMALISED = BOTTLENECKS.replace(
             "6 groups",
         ),
     ],
-    ids=["norm", "activation", "product", "depthwise"],
+    ids=["activation", "product", "depthwise"],
 )
 def test_stream_with_another_node_between_keeps_its_channels(
     text: str, reason: str, tmp_path: Path

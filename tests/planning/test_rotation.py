@@ -19,6 +19,7 @@ from onnx_oamip.artifacts import score_files
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.records import Array, Floats, Objective, Whole
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import linear_streams
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
@@ -122,6 +123,37 @@ def test_low_rank_stream_is_narrowed_to_its_rank_without_loss(tmp_path: Path) ->
     assert any("principal components" in note for note in turned.report.notes)
     document = turned.document
     assert [g["rotated"] for g in document["groups"]].count(True) == 1
+
+
+def test_stream_behind_batch_normalisation_has_the_components_of_the_folded_model(
+    tmp_path: Path,
+) -> None:
+    text = STREAM.replace(
+        "float[8,6] wy>",
+        "float[8,6] wy, float[12] gain, float[12] shift, float[12] mean, float[12] var>",
+    )
+    text = text.replace(
+        "h = Conv(s, wh)", "n = BatchNormalization(s, gain, shift, mean, var)\n    h = Conv(n, wh)"
+    )
+    proto = build(text)
+    rng = np.random.default_rng(0)
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("gain", "var"):
+            value = rng.uniform(0.3, 2, 12).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    model = load(proto, tmp_path)
+    streams, _ = linear_streams.find(model, couple(model))
+    folded = linear_streams.without_norms(model, streams)
+    settings = Settings.create(macs=0.6, cache="off", align=1, workers=1)
+    bases = []
+    for name, made in (("normalised", model.proto), ("folded", folded.proto)):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(made.SerializeToString())
+        found = prepare(path, _data(), settings).rotation
+        assert found is not None
+        bases.append(found.bases[0][1].forward)
+    # The sign of a component is arbitrary.
+    np.testing.assert_allclose(np.abs(bases[0]), np.abs(bases[1]), atol=1e-3)
 
 
 def test_group_at_full_width_keeps_the_weights_of_the_file(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from onnx_oamip.graph.ops import (
 )
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Refused, Terms
 from onnx_oamip.graph.ops.matrix_view import Site
-from onnx_oamip.graph.ops.norm import batch_scale
+from onnx_oamip.graph.ops.norm import batch_affine, batch_scale, shift_alone
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Edit,
@@ -194,6 +194,7 @@ __all__ = [
     "Total",
     "Trait",
     "attention",
+    "batch_affine",
     "batch_scale",
     "build",
     "consumers_by_tensor",
@@ -203,5 +204,6 @@ __all__ = [
     "lookup",
     "opaque",
     "rule_errors",
+    "shift_alone",
     "taps",
 ]

@@ -182,6 +182,39 @@ def batch_scale(node: Node, constants: Mapping[str, Array]) -> tuple[Floats, Flo
     return gain, np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
 
 
+def batch_affine(node: Node, constants: Mapping[str, Array]) -> tuple[Floats, Floats] | None:
+    """Read a batch normalisation as a factor and a shift of every channel.
+
+    Args:
+        node: A batch normalisation.
+        constants: Values of constants by name.
+
+    Returns:
+        (factor, shift), or None where a parameter is computed or the node is in training mode.
+    """
+    read = batch_scale(node, constants)
+    if read is None or node.attrs.get("training_mode", 0):
+        return None
+    gain, deviation = read
+    factor = gain / deviation
+    bias, mean = (constants[node.inputs[slot]].astype(np.float64) for slot in (2, 3))
+    return factor, bias - mean * factor
+
+
+def shift_alone(node: Node, shift: Floats) -> dict[int, Floats]:
+    """Make the parameters with which a batch normalisation only adds a shift.
+
+    Args:
+        node: A batch normalisation.
+        shift: Shift of every channel (channels,).
+
+    Returns:
+        Values by input index.
+    """
+    gain = np.full_like(shift, np.sqrt(1 + float(node.attrs.get("epsilon", 1e-5))))
+    return {1: gain, 2: shift, 3: np.zeros_like(shift), 4: np.ones_like(shift)}
+
+
 def _batch_encode(node: Node, terms: Terms) -> None:
     """In inference: a scale and a shift per channel."""
     if node.attrs.get("training_mode", 0):
