@@ -150,7 +150,6 @@ def recovered(model: Model) -> dict[str, Any]:
         augment="none",
         device="cpu",
         weights=3,
-        block_steps=2,
         slowed=0,
         held_bytes=100,
         features=("a",),

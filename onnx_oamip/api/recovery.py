@@ -85,7 +85,7 @@ def recover(
         samples = batching.tried(session, samples, settings.batch_size)
         held = batching.alike(session, samples, held)
         samples, judged = split(samples, held, settings.seed)
-        coupling, keep = _plan(plan_file, teacher, student)
+        coupling, keep = planned_units(plan_file, teacher, student)
     with clock("objective"):
         objective = find_objective(teacher, settings, samples, held)
         known = {name for node in student.nodes for name in node.outputs}
@@ -167,10 +167,22 @@ def check_interface(original: Model, pruned: Model) -> None:
             )
 
 
-def _plan(
+def planned_units(
     plan_file: File | None, original: Model, pruned: Model
 ) -> tuple[Coupling | None, Bools | None]:
-    """Units of the original, and those that a plan keeps. Raises DataError for the plan of another model."""
+    """Find the units of the original, and those that a plan keeps.
+
+    Args:
+        plan_file: The plan, or None.
+        original: The original.
+        pruned: The model that was pruned by the plan.
+
+    Returns:
+        The units, without axes of rotated groups, and whether each is kept (n_units,); None for both without a plan.
+
+    Raises:
+        DataError: The plan is that of another model.
+    """
     if plan_file is None:
         return None, None
     coupling = couple(original)

@@ -129,12 +129,11 @@ class Engine:
         self._steps = [(node, kernel_of(node), Call(node)) for node in self._nodes]
         self._last = _last_uses(self._nodes, self._tensors)
 
-    def run(self, feed: Mapping[str, Tensor], ends: Collection[str] = ()) -> list[Tensor]:
+    def run(self, feed: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute the tensors for one feed.
 
         Args:
             feed: Graph inputs and given tensors, by name.
-            ends: Those of the tensors at which blocks end: no gradient passes from one block into the block in front.
 
         Returns:
             The tensors in the order of the constructor.
@@ -143,16 +142,11 @@ class Engine:
             CannotRun: A node has a form that torch does not compute.
         """
         values: dict[str, Any] = {**self._constants, **feed}
-        found: dict[str, Tensor] = {}
         for place, (node, kernel, call) in enumerate(self._steps):
             self._step(node, kernel, call, values)
-            for name in ends and node.outputs:
-                if name in ends:
-                    found[name] = values[name]
-                    values[name] = values[name].detach()
             for name in self._last[place]:
                 values.pop(name, None)
-        return [found[name] if name in found else values[name] for name in self._tensors]
+        return [values[name] for name in self._tensors]
 
     def _step(self, node: Node, kernel: Kernel | None, call: Call, values: dict[str, Any]) -> None:
         if has(node, Trait.BRANCHES):

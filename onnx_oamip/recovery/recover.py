@@ -118,7 +118,6 @@ def run(
         before=float(best.start.mean()),
         after=best.loss if best.curve else None,
         steps=trained.steps,
-        block_steps=trained.block_steps,
         slowed=trained.slowed,
         best_step=best.step,
         batch=trained.batch,

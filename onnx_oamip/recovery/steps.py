@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.recovery import rates
+from onnx_oamip.recovery import coordinates, rates
 from onnx_oamip.recovery.batches import Batch, Batches, Given, Teacher
 from onnx_oamip.recovery.engine import Engine
 from onnx_oamip.recovery.judge import Best
@@ -69,7 +69,6 @@ class Run:
         compared = set(part.tensors)
         self._terms = [t for t in differentiable(task.objective) if t.tensor in compared]
         self.features = tuple(f for f in task.features if f.tensor in compared)
-        self._ends = frozenset(feature.tensor for feature in self.features)
         self.batch = _batch_size(task)
         teacher = Teacher(
             task.original,
@@ -91,30 +90,69 @@ class Run:
         self._variances = self._feature_variances()
         self._weights = list(self._engine.weights.values())
         self._start = [weight.detach().clone() for weight in self._weights]
+        found = coordinates.find(
+            task.pruned,
+            part.weights,
+            task.samples,
+            batch=self.batch,
+            device=task.device,
+            runtime_device=task.runtime_device,
+            seed=task.seed,
+        )
+        self._coordinates = [found.get(name) for name in self._engine.weights]
         self.slowed = 0
         self._full_rates = self._bounded_rates()
-        self._begin()
+        self._begin(self._in_coordinates([torch.zeros_like(start) for start in self._start]))
 
     def _bounded_rates(self) -> list[float]:
-        """Full rate of every weight, from gradients over the first batches."""
+        """Full rate of every weight in its coordinates, from gradients over the first batches."""
         loss = torch.zeros(())
         for _ in range(GRADIENT_BATCHES):
-            part = self._loss(next(self.batches), frozenset())
+            part = self._loss(next(self.batches))
             part.backward()
             loss = loss + part.detach()
-        slopes = [0.0 if w.grad is None else float(w.grad.abs().sum()) for w in self._weights]
-        for weight in self._weights:
-            weight.grad = None
-        return rates.bounded(rates.sizes(self._weights), slopes, float(loss))
+        gradients = self._take_gradients()
+        slopes = [0.0 if slope is None else float(slope.abs().sum()) for slope in gradients]
+        return rates.bounded(rates.sizes(self._in_coordinates(self._start)), slopes, float(loss))
 
-    def _begin(self) -> None:
-        """Set up the optimiser and the average for the present weights."""
+    def _take_gradients(self) -> list[Tensor | None]:
+        """Gradients of all weights in their coordinates; those of the weights are cleared."""
+        found: list[Tensor | None] = []
+        for weight, place in zip(self._weights, self._coordinates, strict=True):
+            gradient, weight.grad = weight.grad, None
+            if gradient is not None and place is not None:
+                gradient = place.gradient(gradient)
+            found.append(gradient)
+        return found
+
+    def _in_coordinates(self, values: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(values, self._coordinates, strict=True)
+        return [value if place is None else place.coordinates(value) for value, place in pairs]
+
+    def _moved(self, changes: Sequence[Tensor]) -> list[Tensor]:
+        """Weights at some changes in coordinates."""
+        parts = zip(self._start, changes, self._coordinates, strict=True)
+        return [
+            start + (change if place is None else place.change(change, start))
+            for start, change, place in parts
+        ]
+
+    def _begin(self, changes: Sequence[Tensor]) -> None:
+        """Set up the optimiser and the average at some changes in coordinates."""
+        self._changes = [change.detach().clone() for change in changes]
+        self._average = [change.clone() for change in self._changes]
         slower = [rate / SLOWER**self.slowed for rate in self._full_rates]
-        groups = rates.groups(self._weights, slower)
+        groups = rates.groups(self._changes, slower)
         self._optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10)
         self._rates = [group["lr"] for group in self._optimiser.param_groups]
-        self._average = [weight.detach().clone() for weight in self._weights]
         self._done = 0
+        self._write()
+
+    def _write(self) -> None:
+        """Write the weights at the present changes into the engine."""
+        with torch.no_grad():
+            for weight, value in zip(self._weights, self._moved(self._changes), strict=True):
+                weight.copy_(value)
 
     def slow_down(self, best: Best) -> None:
         """Go back to the best weights so far, or to the start if they are not better, and on at a smaller rate.
@@ -122,14 +160,15 @@ class Run:
         Args:
             best: The best weights so far.
         """
+        self.slowed += 1
         values = self._start
         if best.loss < float(best.start.mean()):
-            values = [torch.from_numpy(best.weights[name]) for name in self._engine.weights]
-        with torch.no_grad():
-            for weight, value in zip(self._weights, values, strict=True):
-                weight.copy_(value)
-        self.slowed += 1
-        self._begin()
+            values = [
+                torch.from_numpy(best.weights[name]).to(w)
+                for name, w in self._engine.weights.items()
+            ]
+        changes = [value - start for value, start in zip(values, self._start, strict=True)]
+        self._begin(self._in_coordinates(changes))
 
     def _feature_variances(self) -> list[float]:
         """Variance of every feature about the means of its channels, on samples as they are."""
@@ -142,30 +181,31 @@ class Run:
                 totals[feature.tensor].append(float(value.var(others, correction=0).mean()))
         return [max(float(np.mean(totals[f.tensor])), SMALLEST) for f in self.features]
 
-    def step(self, progress: float, *, by_blocks: bool) -> None:
+    def step(self, progress: float) -> None:
         """One gradient step.
 
         Args:
             progress: Share of the budget that is used, on which the rate depends.
-            by_blocks: Every block is trained for itself: no gradient passes the end of a block.
         """
-        loss = self._loss(next(self.batches), self._ends if by_blocks else frozenset())
+        loss = self._loss(next(self.batches))
         if not math.isfinite(float(loss.detach())):
             raise Diverged
-        self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        for change, gradient in zip(self._changes, self._take_gradients(), strict=True):
+            change.grad = gradient
         share = rates.share(progress)
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         self._optimiser.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self._weights, self._start, PULL * share)
+            torch._foreach_mul_(self._changes, 1 - PULL * share)
             decay = min(DECAY, (1 + self._done) / (10 + self._done))
-            torch._foreach_lerp_(self._average, self._weights, 1 - decay)
+            torch._foreach_lerp_(self._average, self._changes, 1 - decay)
+        self._write()
         self._done += 1
 
-    def _loss(self, batch: Batch, ends: Collection[str]) -> Tensor:
-        outputs = self._engine.run(batch.fed, ends)
+    def _loss(self, batch: Batch) -> Tensor:
+        outputs = self._engine.run(batch.fed)
         found = dict(zip(self._part.tensors, outputs, strict=True))
         truth = batch.truth
         losses = []
@@ -187,8 +227,8 @@ class Run:
             Averages by the name of their initialiser, which later steps do not change.
         """
         return {
-            name: value.cpu().numpy().copy()
-            for name, value in zip(self._engine.weights, self._average, strict=True)
+            name: value.cpu().numpy()
+            for name, value in zip(self._engine.weights, self._moved(self._average), strict=True)
         }
 
 

@@ -1,9 +1,8 @@
 """Distillation: gradient steps on the weights of a pruned model, with the original as the teacher.
 
-The loss is the objective of the run plus errors of features, at which blocks end. In the first part of the budget
-gradients stop there, so that every block is a problem of its own: its input comes from the pruned blocks in front, its
-target is the original's feature. Against overfitting, weights are pulled towards their start, averaged over steps, and
-samples are changed at random; a sample that is changed gets its answer from the original.
+The loss is the objective of the run plus errors of features, at which blocks end. Against overfitting, weights are
+pulled towards their start, averaged over steps, and samples are changed at random; a sample that is changed gets its
+answer from the original.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from onnx_oamip.recovery.task import Task
 
 WORSE = 3.0
 """Loss over the lowest one so far, or over that of the start, from which the rate was too large."""
-BLOCK_SHARE = 0.3
-"""Share of the budget in which every block is trained for itself."""
 EVALUATIONS = 20
 """Times that held-out samples are judged."""
 LEAST_INTERVAL = 10
@@ -41,7 +38,6 @@ class Trained:
         proto: The best model, None where none was better than the start.
         best: Losses on held-out samples.
         steps: Steps that were done.
-        block_steps: Those of them in which every block was trained for itself.
         slowed: Times that the rate was divided because it was too large.
         batch: Samples of one step.
         held_bytes: Bytes of answers of the original that were held to be used again.
@@ -55,7 +51,6 @@ class Trained:
     proto: onnx.ModelProto | None
     best: Best
     steps: int
-    block_steps: int
     slowed: int
     batch: int
     held_bytes: int
@@ -91,7 +86,7 @@ def resolve_device(device: str) -> str:
 
 
 def train(task: Task, effort: Effort) -> Trained:
-    """Train a pruned model, first every block for itself, then all weights together.
+    """Train all weights of a pruned model together.
 
     Args:
         task: Models, samples and loss.
@@ -105,7 +100,7 @@ def train(task: Task, effort: Effort) -> Trained:
     best = Best(task.judge.losses(task.pruned.proto), PATIENCE)
     part, left_out = trained_part(task)
     if not part.weights or not part.tensors:
-        return Trained(None, best, 0, 0, 0, 0, 0, 0.0, "nothing to train", (), (), left_out)
+        return Trained(None, best, 0, 0, 0, 0, 0.0, "nothing to train", (), (), left_out)
     run = Run(task, part)
     ended = _run_until_end(task, run, best, budget)
     proto = written(task.pruned.proto, best.weights) if best.is_better else None
@@ -113,7 +108,6 @@ def train(task: Task, effort: Effort) -> Trained:
         proto=proto,
         best=best,
         steps=budget.done,
-        block_steps=budget.block_steps,
         slowed=run.slowed,
         batch=run.batch,
         held_bytes=run.batches.held_bytes,
@@ -129,12 +123,11 @@ def _run_until_end(task: Task, run: Run, best: Best, budget: _Budget) -> str:
     """Train until the budget or something else ends it; the reason."""
     judged = 0
     while True:
-        by_blocks = bool(run.features) and budget.progress < BLOCK_SHARE
         try:
-            run.step(budget.progress, by_blocks=by_blocks)
+            run.step(budget.progress)
         except Diverged:
             return "diverged"
-        budget.count(by_blocks=by_blocks)
+        budget.count()
         if task.progress is not None:
             task.progress(_stage(best), budget.done, budget.expected)
         is_due = budget.progress * EVALUATIONS >= len(best.curve) + 1
@@ -159,13 +152,11 @@ class _Budget:
         self._effort = effort
         self._started = time.monotonic()
         self.done = 0
-        self.block_steps = 0
         self.progress = 0.0
 
-    def count(self, *, by_blocks: bool) -> None:
+    def count(self) -> None:
         """Count one step."""
         self.done += 1
-        self.block_steps += by_blocks
         if self._effort.seconds is not None:
             self.progress = min(self.seconds / self._effort.seconds, 1.0)
         else:

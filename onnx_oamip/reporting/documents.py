@@ -356,7 +356,6 @@ def _recovery(found: Recovery) -> Document:
         "before": found.before,
         "after": found.after,
         "steps": found.steps,
-        "block_steps": found.block_steps,
         "slowed": found.slowed,
         "best_step": found.best_step,
         "batch": found.batch,

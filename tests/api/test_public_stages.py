@@ -152,7 +152,6 @@ def test_recovery_is_shown_in_one_line_and_a_table() -> None:
         before=0.2,
         after=0.1,
         steps=1500,
-        block_steps=0,
         slowed=0,
         best_step=1500,
         batch=8,

@@ -107,7 +107,6 @@ def test_notes_state_a_refusal_and_what_was_left_out() -> None:
         before=0.5,
         after=0.6,
         steps=10,
-        block_steps=0,
         slowed=0,
         best_step=10,
         batch=8,

@@ -110,7 +110,7 @@ def test_worse_result_is_not_taken(case: Path) -> None:
     )
     assert not found.recovery.accepted
     assert "was not taken" in " ".join(found.notes)
-    assert "recover behind the refit" in " ".join(found.notes)
+    assert "trains behind the refit" in " ".join(found.notes)
     old, new = stored(case / "half.onnx"), stored(case / "out.onnx")
     assert all(np.array_equal(new[name], old[name]) for name in old)
 
@@ -167,19 +167,6 @@ def test_infinite_loss_at_the_first_evaluation_goes_back_to_the_start(
     )
     assert found.recovery.slowed == 1
     assert found.recovery.accepted
-
-
-def test_blocks_are_trained_for_themselves_first(
-    case: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = (case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=50))
-    plan_file = case / "plan.json"
-    both = recover(*arguments, plan_file=plan_file).recovery
-    assert both.block_steps == round(training.BLOCK_SHARE * 50)
-    monkeypatch.setattr(training, "BLOCK_SHARE", 1.0)
-    blocks = recover(*arguments, plan_file=plan_file).recovery
-    assert blocks.block_steps == blocks.steps
-    assert blocks.accepted
 
 
 def test_stop_ends_training_with_the_best_so_far(case: Path) -> None:
@@ -278,25 +265,6 @@ def test_shared_weight_stays_one_weight(tmp_path: Path) -> None:
     model = load(build(text), tmp_path)
     ours = engine.Engine(model, ["y"], weights=engine.trainable(model, model.nodes))
     assert set(ours.weights) == {"w", "b"}
-
-
-def test_no_gradient_passes_the_end_of_a_block(tmp_path: Path) -> None:
-    text = """(float[N, 6] x) => (float[N, 4] y) <float[6, 5] w1, float[5, 4] w2> {
-        a = MatMul(x, w1)
-        r = Relu(a)
-        y = MatMul(r, w2)
-    }"""
-    model = load(build(text), tmp_path)
-    ours = engine.Engine(model, ["r", "y"], weights=["w1", "w2"])
-    fed = {"x": torch.ones(2, 6)}
-    whole, parted = ours.run(fed), ours.run(fed, ends={"r"})
-    assert all(torch.equal(a, b) for a, b in zip(whole, parted, strict=True))
-    leaves = list(ours.weights.values())
-    first, second = torch.autograd.grad(parted[1].sum(), leaves, allow_unused=True)
-    assert first is None
-    assert second is not None
-    (first,) = torch.autograd.grad(parted[0].sum(), leaves[:1])
-    assert first.abs().sum() > 0
 
 
 def test_scales_of_quantisation_and_statistics_are_not_trained(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ twice on the same images: once without a recovery, once with it. The recovery ho
 refit and out of the training, and judges by them. More images than the 512 are training images, from ``--fashion DIR``.
 All figures come from the evaluation images, which no step has seen: the accuracy where they have labels, the share of
 first answers that are those of the original, and the mean Kullback-Leibler divergence from its answers in nats.
-EfficientNet-Lite0 needs ``--larger DIR``, the folder that ``tools/make_larger_models.py`` fills.
+``recover_images`` trains EfficientNet-Lite0 on few and on many images; it needs ``--larger DIR``, the folder that
+``tools/make_larger_models.py`` fills.
 
 Plans, models and records of the training are kept in a folder inside ``recover`` beside the result, one per state of
 the code, and what is there is not made again: a stopped study continues. Widths are not aligned, so
@@ -29,7 +30,7 @@ from onnx_oamip.core.versions import sources
 from onnx_oamip.graph.runtime import Session
 
 from ..wild.run import command
-from . import recover_operators, recover_peers
+from . import recover_images, recover_operators, recover_peers
 from .calibration import training_images
 from .larger import absent, cost_of, divergence
 from .studies import MODELS, Row, paths, save, store
@@ -53,7 +54,6 @@ COLUMNS = (
     "divergence pruned",
     "divergence recovered",
     "steps",
-    "by blocks",
     "seconds",
     "processor s",
     "threads",
@@ -80,7 +80,6 @@ SMALL = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion")
 CASES = (
     *(Case(name, 0.25, SHIPPED, 400) for name in SMALL),
     *(Case(name, 0.25, 2000, 400) for name in SMALL),
-    Case("efficientnet-lite0", 0.5, SHIPPED, 400),
 )
 
 FINETUNED = "vit-fashion"
@@ -115,6 +114,8 @@ def run(
         recover_peers.finetunes(out, seed, FINETUNED, kept / f"{FINETUNED}.plan.json", rows)
     if LABELLED in shipped and _is_installed("torch_pruning"):
         recover_peers.with_labels(out, seed, shipped[LABELLED])
+    if not names or recover_images.NAME in names:
+        recover_images.run(out, seed, larger, kept)
     recover_peers.steps(out, seed)
     recover_operators.exactness(out, seed)
     return text
@@ -185,7 +186,6 @@ def _row(case: Case, files: tuple[Path, Path], kept: Path, seed: int) -> Row:
         "MACs kept": round(macs[1] / macs[0], 4),
         **judged(data, protos),
         "steps": record["steps"],
-        "by blocks": record["block_steps"],
         "seconds": round(record["seconds"]),
         "processor s": round(record["processor"]),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),

@@ -230,7 +230,7 @@ def _both_steps(name: str, seed: int) -> tuple[Callable[[], None], Callable[[], 
 
     def ours() -> None:
         run.batches = iter([batches[next(turn) % WARM]])
-        run.step(0.5, by_blocks=False)
+        run.step(0.5)
 
     network = getattr(train_models, MODULES[name])().eval()
     optimiser = torch.optim.Adam(network.parameters(), 1e-4)

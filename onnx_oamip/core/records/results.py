@@ -132,7 +132,6 @@ class Recovery:
         before: Loss of the objective on held-out samples before training.
         after: The lowest one found by training; None where nothing was trained.
         steps: Steps that were done.
-        block_steps: Those of them in which every block was trained for itself.
         slowed: Times that the rate was divided because it was too large.
         best_step: Steps behind the lowest loss.
         batch: Samples of one step.
@@ -155,7 +154,6 @@ class Recovery:
     before: float
     after: float | None
     steps: int
-    block_steps: int
     slowed: int
     best_step: int
     batch: int
