@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from . import photographs
-from .make_larger_models import CODES
 
 LEFT_OUT = {"symbols", "seasonal", "naturalforces"}
 """Folders of stamps that show no single object."""
@@ -72,6 +71,8 @@ def compose(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the file."""
+    from .make_larger_models import CODES  # imports torch
+
     parser = argparse.ArgumentParser(prog="tools.composed_images", description=__doc__)
     parser.add_argument("--stamps", type=Path, required=True)
     parser.add_argument("--photographs", type=Path, required=True)

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 from PIL import Image
 
-from tools import photographs
+from tools import composed_images, photographs
 from tools.bench import larger
 from tools.bench.studies import LeftOut, Row
 
@@ -54,6 +54,28 @@ def test_photographs_are_found_once_and_icons_ignored(tmp_path: Path) -> None:
 
 def test_empty_folder_has_no_photographs(tmp_path: Path) -> None:
     assert photographs.find(tmp_path) == []
+
+
+def test_stamps_are_composed_on_backgrounds(tmp_path: Path) -> None:
+    """Every image shows its stamp on the colour of the background; symbols and small stamps are left out."""
+    sizes = {"animals/cat": 120, "symbols/arrow": 120, "food/crumb": 40}
+    for name, side in sizes.items():
+        file = tmp_path / "share" / "stamps" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stamp = Image.new("RGBA", (side, side))
+        stamp.paste((255, 0, 0, 255), (10, 10, side - 10, side - 10))
+        stamp.save(file)
+    files = composed_images.stamps(tmp_path)
+    assert [file.stem for file in files] == ["cat"]
+    green = np.zeros((3, 3, 64, 64), np.uint8)
+    green[:, 1] = 200
+    found = composed_images.compose(files, green, seed=1)
+    is_stamp = (found[:, 0] > 250) & (found[:, 1] < 5)
+    is_background = (found[:, 0] == 0) & (found[:, 1] == 200)
+    shares = is_stamp.mean((1, 2))
+    assert ((shares > 0.1) & (shares < 1)).all()
+    assert (is_stamp | is_background).mean() > 0.9  # all but the rim of the stamp
+    assert np.array_equal(found, composed_images.compose(files, green, seed=1))
 
 
 @pytest.mark.parametrize("count", [2, 7, 40])

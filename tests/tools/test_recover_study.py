@@ -11,7 +11,7 @@ import pytest
 from graphs import build
 from onnx import numpy_helper
 
-from tools.bench import recover, recover_operators, recover_peers
+from tools.bench import recover, recover_images, recover_operators, recover_peers
 
 TEXT = "(float[N, 4] image) => (float[N, 3] scores) <float[4, 3] w> { scores = MatMul(image, w) }"
 
@@ -104,3 +104,20 @@ def test_operators_are_grouped_by_the_bound_that_they_keep() -> None:
 def test_changed_initialisers_are_counted() -> None:
     assert recover_peers._changed(linear(np.eye(4, 3)), linear(np.eye(4, 3))) == 0
     assert recover_peers._changed(linear(np.eye(4, 3)), linear(np.ones((4, 3)))) == 1
+
+
+def test_sets_of_images_share_the_judge(tmp_path: Path) -> None:
+    """Pruned and judged by one split; the first images of the training part, all of them, and others behind them."""
+    onnx.save(build(TEXT.replace("image", "input")), tmp_path / "net.onnx")
+    images = np.arange(80, dtype=np.uint8).reshape(20, 4)
+    codes = {"input.scale": np.float32(2), "input.offset": np.float32(1)}
+    np.savez(tmp_path / "net.npz", input=images, **{"eval.input": images[:2]}, **codes)
+    np.savez(tmp_path / "more.npz", input=images[:3] + 100, **codes)
+    setting = recover_images.Setting(tmp_path / "net.onnx", tmp_path / "net.npz", 0)
+    judged = setting.judged.feed(np.arange(4))["input"]
+    every = setting.images(setting.training.count, None)["input"]
+    assert every.shape == (16, 4)
+    rows = np.concatenate([2 * every.astype(np.float32) + 1, judged])
+    assert np.array_equal(np.sort(rows, axis=0), 2 * images.astype(np.float32) + 1)
+    mixed = setting.images(5, tmp_path / "more.npz")["input"]
+    assert np.array_equal(mixed, np.concatenate([every[:5], images[:3] + 100]))
