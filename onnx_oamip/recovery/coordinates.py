@@ -113,7 +113,9 @@ def find(
         reshapes, and those that two layers read in different forms have none.
     """
     layers = _layers(model, weights)
-    moments = _moments(model, layers, samples, batch, runtime_device, seed)
+    moments = _moments(
+        model, layers, samples, batch=batch, runtime_device=runtime_device, seed=seed
+    )
     return {
         name: Coordinates(
             places=torch.from_numpy(_places(uses[0], model)).to(device),
@@ -156,6 +158,7 @@ def _moments(
     model: Model,
     layers: Mapping[str, Sequence[Site]],
     samples: Samples,
+    *,
     batch: int,
     runtime_device: str,
     seed: int,
