@@ -1,8 +1,8 @@
-"""Branch and bound over the subsets of one group, on the relaxation of its loss.
+"""Branch and bound over the subsets of one group, on the relaxations of its loss.
 
-Where units make up for each other, the relaxation is far below every set, and tangent planes prove no more than that.
-Removing or keeping single units tightens it. Every node is bounded by the tangent plane at its own relaxed point, so
-that its bound holds even if that point is not optimal; the node of least bound comes first.
+Where units make up for each other, a relaxation is below every set, and its planes prove no more than that. Removing or
+keeping single units tightens it. Every node is bounded by a plane that holds for all its sets, even if the optimum of
+the relaxation is only approached; the node of least bound comes first.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnx_oamip.core.records import Bools, Floats
-from onnx_oamip.programs.subset import Loss, Relaxation
-
-TURNS = 1
-"""Steps towards the optimum of the relaxation of a node, from the point of its parent: more nodes prove more than more
-steps."""
-HALF = 0.5
-"""Keep variable of a unit that is as undecided as can be."""
+from onnx_oamip.core.records import Bools
+from onnx_oamip.programs.subset import Loss, Plane
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,40 +45,14 @@ class _Node:
         number: Number of the node, which makes the order of equal bounds definite.
         free: Units that may be kept (units,).
         kept: Units that are kept (units,).
-        relaxed: Point of the relaxation (units,).
+        plane: Plane below their losses.
     """
 
     bound: float
     number: int
     free: Bools = field(compare=False)
     kept: Bools = field(compare=False)
-    relaxed: Floats = field(compare=False)
-
-
-def plane_bound(
-    loss: Relaxation,
-    at: Floats,
-    free: Bools,
-    kept: Bools,
-    count: int,
-) -> float:
-    """Bound the losses of sets by the tangent plane at a point.
-
-    Args:
-        loss: Relaxation of the loss for these sets.
-        at: Keep variables in [0, 1] (units,).
-        free: Units that may be kept (units,).
-        kept: Units that are kept, a subset of the free ones (units,).
-        count: Number of units to keep.
-
-    Returns:
-        Least value of the plane over the sets.
-    """
-    value, gradient = loss.convex(at)
-    slope = gradient - loss.diagonal
-    constant = value - float(gradient @ at) + float(loss.diagonal.sum())
-    cheapest = np.sort(slope[free & ~kept])[: count - int(kept.sum())]
-    return constant + float(slope[kept].sum()) + float(cheapest.sum())
+    plane: Plane = field(compare=False)
 
 
 def search(
@@ -92,7 +60,7 @@ def search(
     free: Bools,
     first: Bools,
     *,
-    relaxed: Floats,
+    root: Plane,
     flops: float,
     gap: float,
     is_over: Callable[[], bool],
@@ -103,7 +71,7 @@ def search(
         loss: Loss of the group.
         free: Units that may be kept (units,).
         first: First set, a subset of the free units (units,); its size is that of all sets.
-        relaxed: Point of the relaxation to begin with (units,).
+        root: Plane below the losses of all sets.
         flops: Floating-point operations that may be spent.
         gap: Gap relative to the loss at which to stop.
         is_over: Called before every branching; True ends the search.
@@ -112,22 +80,20 @@ def search(
         The best set, and the bound of all sets.
     """
     tree = _Tree(loss, first)
-    tree.add(loss, free, np.zeros(len(free), bool), relaxed, bound=-np.inf)
+    tree.add(root, free, np.zeros(len(free), bool), bound=-np.inf)
     while tree.open and tree.flops < flops and not is_over():
         if tree.value - tree.open[0].bound <= gap * tree.value:
             break
         node = heapq.heappop(tree.open)
         for child_free, child_kept in _branches(node):
+            only = tree.only_set(child_free, child_kept)
+            if only is not None:
+                tree.offer(only)
+                continue
             relaxation = loss.between(child_free, child_kept)
-            point = relaxation.relax(
-                child_free,
-                tree.count,
-                TURNS,
-                kept=child_kept,
-                start=node.relaxed,
-            )
-            tree.flops += (TURNS + 1) * relaxation.flops
-            tree.add(relaxation, child_free, child_kept, point, bound=node.bound)
+            plane = relaxation.plane(tree.count, flops, node.plane)
+            tree.flops += plane.flops
+            tree.add(plane, child_free, child_kept, bound=node.bound)
     bound = tree.open[0].bound if tree.open else tree.value
     return Searched(tree.keep, tree.value, min(bound, tree.value), tree.number, tree.flops)
 
@@ -144,41 +110,46 @@ class _Tree:
         self.number = 0
         self.flops = 0.0
 
-    def add(
-        self,
-        relaxation: Relaxation,
-        free: Bools,
-        kept: Bools,
-        relaxed: Floats,
-        bound: float,
-    ) -> None:
+    def only_set(self, free: Bools, kept: Bools) -> Bools | None:
+        """The set of a node that has only one, counted as a node; None if it has more."""
+        if int(kept.sum()) == self.count:
+            only = kept
+        elif int(free.sum()) == self.count:
+            only = free
+        else:
+            return None
+        self.number += 1
+        return only
+
+    def offer(self, keep: Bools) -> None:
+        """Take a set if its loss is lower."""
+        value = self.loss.value(keep)
+        if value < self.value:
+            self.keep, self.value = keep, value
+
+    def add(self, plane: Plane, free: Bools, kept: Bools, bound: float) -> None:
         """Round a node's point to a set, and keep the node if a better set may be in it.
 
         Args:
-            relaxation: Relaxation of the loss for the sets of the node.
+            plane: Plane below the losses of the sets of the node.
             free: Units that may be kept (units,).
             kept: Units that are kept (units,).
-            relaxed: Point of the relaxation (units,).
             bound: Bound of the parent.
         """
         self.number += 1
-        ranked = np.argsort(-np.where(free, relaxed, -1.0), kind="stable")
+        ranked = np.argsort(-np.where(free, plane.keep, -1.0), kind="stable")
         rounded = np.zeros(len(free), bool)
         rounded[ranked[: self.count]] = True
-        value = self.loss.value(rounded)
-        if value < self.value:
-            self.keep, self.value = rounded, value
-        if int(kept.sum()) == self.count or int(free.sum()) == self.count:
-            return  # the rounded set is the only one
-        bound = max(bound, plane_bound(relaxation, relaxed, free, kept, self.count))
+        self.offer(rounded)
+        bound = max(bound, plane.least(free, kept, self.count))
         if bound < self.value:
-            heapq.heappush(self.open, _Node(bound, self.number, free, kept, relaxed))
+            heapq.heappush(self.open, _Node(bound, self.number, free, kept, plane))
 
 
 def _branches(node: _Node) -> Iterator[tuple[Bools, Bools]]:
-    """Free and kept units of the two children: without the most undecided unit, and with it."""
+    """Free and kept units of the two children: without the unit of most doubt, and with it."""
     undecided = np.flatnonzero(node.free & ~node.kept)
-    unit = undecided[np.argmin(np.abs(node.relaxed[undecided] - HALF))]
+    unit = undecided[np.argmax(node.plane.doubt[undecided])]
     without, with_it = node.free.copy(), node.kept.copy()
     without[unit] = False
     with_it[unit] = True

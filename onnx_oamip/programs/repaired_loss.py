@@ -1,31 +1,28 @@
 """Loss of a group after its consumers were fitted again to the remaining units.
 
 ``min_V tr((W - V) C (W - V)') + r |V|^2`` with the ridge r, over the V whose columns of removed units are 0. Between
-sets it is the perspective relaxation of every consumer (``perspective``), which ``sharpen`` tightens.
+sets it is the perspective relaxation of every consumer (``perspective``); the bounds come from a semidefinite one
+(``semidefinite``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import Bools, Floats, Ints
-from onnx_oamip.programs.perspective import Perspective
-from onnx_oamip.programs.subset import STEP_OVERHEAD, Loss, Relaxation
+from onnx_oamip.programs.perspective import Perspective, relaxed_energy
+from onnx_oamip.programs.semidefinite import Lifted, Removal, normalised
+from onnx_oamip.programs.subset import STEP_OVERHEAD, Loss
 
 RELATIVE_TOLERANCE = 1e-9
 """Share of the worth of all units that an exchange must gain."""
 CANDIDATES = 8
 """Removed units that are tried for an exchange, those of greatest gain."""
-SHARPENINGS = 6
-"""Rounds of the search for a tighter relaxation."""
-TURNS_PER_SHARPENING = 8
-"""Turns of the alternating minimisation before every round."""
-FLOPS_PER_SPLIT = 40
-"""Floating-point operations of the search for one diagonal, relative to the cube of its length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,105 +44,71 @@ class LinearConsumer:
     scale: float
 
 
-class RepairedRelaxation(Relaxation):
-    """Relaxed loss for the sets that contain some units and no others than some: a sum over consumers.
-
-    Attributes:
-        diagonal: Zeros: no part of this loss is linear (units,).
-        energy: Loss of the empty set.
-        parts: Relaxation of each consumer.
-        scales: Divisor of the loss of each consumer.
-    """
-
-    def __init__(
-        self,
-        units: int,
-        energy: float,
-        parts: Sequence[Perspective],
-        scales: Sequence[float],
-    ) -> None:
-        self.diagonal = np.zeros(units)
-        self.energy = energy
-        self.parts = parts
-        self.scales = scales
-
-    @property
-    def flops(self) -> float:
-        """Approximate floating-point operations of one evaluation."""
-        return STEP_OVERHEAD + sum(part.flops for part in self.parts)
-
-    def convex(self, keep: Floats) -> tuple[float, Floats]:
-        """Evaluate the whole loss: all of it is convex."""
-        value = self.energy
-        gradient = np.zeros(len(keep))
-        for part, scale in zip(self.parts, self.scales, strict=True):
-            found = part.evaluate(keep)
-            value -= found.explained / scale
-            np.subtract.at(gradient, part.unit, found.slope / scale)
-        return value, gradient
-
-    def between(self, free: Bools, kept: Bools) -> RepairedRelaxation:
-        """Restrict the relaxation of every consumer, where kept columns are swept out."""
-        parts = [part.between(free, kept) for part in self.parts]
-        return RepairedRelaxation(len(free), self.energy, parts, self.scales)
-
-    def relax(
-        self,
-        free: Bools,
-        count: int,
-        steps: int,
-        *,
-        kept: Bools | None = None,
-        start: Floats | None = None,
-    ) -> Floats:
-        """Approximate the optimum of the relaxation by alternating minimisation.
-
-        In turns the best V for the keep variables and the best keep variables for that V, which share the count in
-        proportion to ``|V_j|``, none above 1.
-        """
-        if kept is None:
-            kept = np.zeros(len(free), bool)
-        undecided, rest = free & ~kept, count - int(kept.sum())
-        keep = kept + _shares(np.ones(len(free)) if start is None else start, undecided, rest)
-        for _ in range(steps):
-            square = np.zeros(len(keep))
-            for part, scale in zip(self.parts, self.scales, strict=True):
-                np.add.at(square, part.unit, part.evaluate(keep).worth / scale)
-            keep = kept + _shares(np.sqrt(square), undecided, rest)
-        return keep
-
-
-class Repaired(RepairedRelaxation, Loss):
+class Repaired(Loss):
     """The loss after every consumer was fitted again.
 
     Attributes:
         consumers: Consumers of the group.
         order: Order of removal to start from (units,), for example that of the optimal brain surgeon.
+        diagonal: Zeros: no part of this loss is linear (units,).
+        energy: Loss of the empty set.
     """
 
     def __init__(self, consumers: Sequence[LinearConsumer], order: Ints) -> None:
         self.consumers = consumers
         self.order = order
+        self.diagonal = np.zeros(len(order))
         self._cross = [c.weight @ c.covariance for c in consumers]
-        self._whole = []
-        energy = 0.0
+        self._parts = []
+        self.energy = 0.0
         for consumer, cross in zip(consumers, self._cross, strict=True):
-            energy += float(np.vdot(cross, consumer.weight)) / consumer.scale
-            self._whole.append(_perspective(consumer, cross))
-        super().__init__(
-            len(consumers[0].columns),
-            energy,
-            self._whole,
-            [consumer.scale for consumer in consumers],
-        )
+            self.energy += float(np.vdot(cross, consumer.weight)) / consumer.scale
+            self._parts.append(_perspective(consumer, cross))
+
+    @property
+    def flops(self) -> float:
+        """Approximate floating-point operations of one step of ``relax``."""
+        return STEP_OVERHEAD + sum(part.flops for part in self._parts)
+
+    def convex(self, keep: Floats) -> tuple[float, Floats]:
+        """Evaluate the perspective relaxation of every consumer: all of the loss is convex."""
+        value = self.energy
+        gradient = np.zeros(len(keep))
+        for part, consumer in zip(self._parts, self.consumers, strict=True):
+            found = part.evaluate(keep)
+            value -= found.explained / consumer.scale
+            np.subtract.at(gradient, part.unit, found.slope / consumer.scale)
+        return value, gradient
+
+    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+        """Approximate the optimum of the perspective relaxation by alternating minimisation.
+
+        In turns the best V for the keep variables and the best keep variables for that V, which share the count in
+        proportion to ``|V_j|``, none above 1.
+        """
+        keep = _shares(np.ones(len(free)), free, count)
+        for _ in range(steps):
+            square = np.zeros(len(keep))
+            for part, consumer in zip(self._parts, self.consumers, strict=True):
+                np.add.at(square, part.unit, part.evaluate(keep).worth / consumer.scale)
+            keep = _shares(np.sqrt(square), free, count)
+        return keep
+
+    def between(self, free: Bools, kept: Bools) -> Lifted:
+        """Restrict the semidefinite relaxation."""
+        return self._lifted.between(free, kept)
+
+    @cached_property
+    def _lifted(self) -> Lifted:
+        """The semidefinite relaxation for all sets."""
+        free = np.ones(len(self.order), bool)
+        pairs = zip(self.consumers, self._cross, strict=True)
+        removals = [_removal(consumer, cross) for consumer, cross in pairs if consumer.columns.size]
+        return Lifted(free, ~free, self.value(free), removals)
 
     def value(self, keep: Bools) -> float:
-        """Evaluate the loss of a set from the relaxation of all sets."""
-        at = keep.astype(np.float64)
-        value = self.energy
-        for part, scale in zip(self._whole, self.scales, strict=True):
-            value -= part.evaluate(at).explained / scale
-        return value
+        """Evaluate the loss of a set by the relaxation, which is exact there."""
+        return self.convex(keep.astype(np.float64))[0]
 
     def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
         """Choose the last units of the order, then exchange units while that lowers the loss.
@@ -177,28 +140,6 @@ class Repaired(RepairedRelaxation, Loss):
         H is the inverse of the covariance of the kept inputs.
         """
         return np.where(keep, -_total_worth(self._states(keep)), 0.0)
-
-    def sharpen(
-        self,
-        free: Bools,
-        count: int,
-        flops: float,
-    ) -> float:
-        """Divide the fits among as many pieces as can be afforded, and enlarge their perspective parts.
-
-        In turns the optimum of the relaxation is approximated, and the perspective part of every piece enlarged there.
-        """
-        none = np.zeros(len(free), bool)
-        parts = [part.between(free, none) for part in self._whole]
-        pieces = int(flops / (SHARPENINGS * _sharpening_flops(parts)))
-        self.parts = [part.divided(pieces) for part in parts]
-        each = _sharpening_flops(self.parts)
-        rounds = min(SHARPENINGS, int(flops / each))
-        keep = None
-        for move in range(rounds):
-            keep = self.relax(free, count, TURNS_PER_SHARPENING, start=keep)
-            self.parts = [part.enlarged(keep, step=2 / (move + 2)) for part in self.parts]
-        return rounds * each
 
     def _states(self, kept: Bools) -> list[_SweptConsumer]:
         pairs = zip(self.consumers, self._cross, strict=True)
@@ -322,31 +263,27 @@ def _shares(weight: Floats, free: Bools, count: int) -> Floats:
     return np.clip(keep, 0.0, 1.0)
 
 
-def _perspective(consumer: LinearConsumer, cross: Floats) -> Perspective:
-    """Relaxation of one consumer with the ridge as its perspective part; columns of no unit are swept out."""
-    units = len(consumer.columns)
-    unit = np.full(consumer.weight.shape[1], units)
-    unit[consumer.columns] = np.arange(units)[:, None]
+def _loaded(consumer: LinearConsumer) -> Floats:
+    """Covariance with the ridge on its diagonal."""
     matrix = consumer.covariance.copy()
     matrix[np.diag_indices_from(matrix)] += consumer.ridge
-    whole = Perspective(
-        matrix=matrix,
-        rows=cross,
-        piece=np.zeros(len(cross), np.int64),
-        diagonals=np.full((1, len(matrix)), consumer.ridge),
-        unit=unit,
-        label=np.zeros(len(matrix), np.int64),
-        constant=0.0,
-        ridge=consumer.ridge,
-    )
-    always = np.arange(units + 1) == units
-    return whole.between(np.ones(units + 1, bool), always)
+    return matrix
 
 
-def _sharpening_flops(parts: Sequence[Perspective]) -> float:
-    """Floating-point operations of one round of ``Repaired.sharpen``."""
-    total = STEP_OVERHEAD
-    for part in parts:
-        pieces, d = part.diagonals.shape
-        total += TURNS_PER_SHARPENING * part.flops + FLOPS_PER_SPLIT * pieces * d**3
-    return total
+def _perspective(consumer: LinearConsumer, cross: Floats) -> Perspective:
+    """Perspective relaxation of one consumer; columns of no unit are always present."""
+    unit = np.zeros(len(consumer.covariance), np.int64)
+    unit[consumer.columns] = np.arange(len(consumer.columns))[:, None]
+    optional = np.zeros(len(unit), bool)
+    optional[consumer.columns] = True
+    return relaxed_energy(_loaded(consumer), cross, unit, optional, consumer.ridge)
+
+
+def _removal(consumer: LinearConsumer, cross: Floats) -> Removal:
+    """Cost of removing units; columns of no unit are kept."""
+    matrix = _loaded(consumer)
+    identity = np.eye(len(matrix))
+    inverse = np.asarray(cho_solve(cho_factor(matrix, check_finite=False), identity), np.float64)
+    columns = consumer.columns.reshape(-1)
+    fit = (cross @ inverse)[:, columns] / np.sqrt(consumer.scale)
+    return normalised(inverse[np.ix_(columns, columns)], fit)

@@ -12,6 +12,7 @@ relative squared error of the consumers' outputs and both for units that are rem
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -25,17 +26,76 @@ QUADRATIC_STEPS = 20
 factorisations."""
 RELATIVE_TOLERANCE = 1e-12
 """Share of a matrix's diagonal that counts as 0."""
+FIRST_STEPS = 8
+"""Steps to the first plane of ``QuadraticRelaxation``."""
 STEP_OVERHEAD = 2e6
 """Floating-point operations that take as long as the interpreter's part of one step of ``relax``."""
 
 
-class Relaxation(Protocol):
-    """A convex function over keep variables (units,) that is never above the loss, and equal to it for binary ones.
-
-    For binary keep variables the loss is ``convex part + diagonal' (1 - s)``.
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Lower bound of the losses of sets that is linear in the keep variables.
 
     Attributes:
-        diagonal: Part of the loss that is linear in ``1 - s`` (units,).
+        constant: Constant part.
+        slope: Coefficients of the keep variables (units,).
+        keep: Keep variables in [0, 1] at which the relaxation is close to its optimum (units,).
+        doubt: How much a bound may gain from a decision on each unit (units,).
+        flops: Approximate number of floating-point operations spent.
+        state: Where the search for a plane of fewer sets can start, if the relaxation knows more than ``keep``.
+    """
+
+    constant: float
+    slope: Floats
+    keep: Floats
+    doubt: Floats
+    flops: float
+    state: object = None
+
+    def least(self, free: Bools, kept: Bools, count: int) -> float:
+        """Compute the least value over sets.
+
+        Args:
+            free: Units that may be kept (units,).
+            kept: Units that are kept, a subset of the free ones (units,).
+            count: Number of units to keep.
+
+        Returns:
+            Least value, a lower bound of the losses of these sets.
+        """
+        cheapest = np.sort(self.slope[free & ~kept])[: count - int(kept.sum())]
+        return self.constant + float(self.slope[kept].sum()) + float(cheapest.sum())
+
+
+class Relaxation(Protocol):
+    """A relaxation of the loss for the sets that contain some units and no others than some."""
+
+    @property
+    def flops(self) -> float:
+        """Approximate floating-point operations of one step of the search for a plane."""
+        ...
+
+    def plane(self, count: int, flops: float, start: Plane | None) -> Plane:
+        """Find a plane below the losses of the sets that is high where it is lowest.
+
+        Args:
+            count: Number of units to keep.
+            flops: Floating-point operations that may be spent; one step is made in any case.
+            start: Plane for more sets, None for the first one.
+
+        Returns:
+            The plane. It holds for the sets of this relaxation.
+        """
+        ...
+
+
+class Loss(Protocol):
+    """A loss of sets of units, never negative, with relaxations and a search for good sets.
+
+    A convex function is equal to the loss for binary keep variables: ``convex part + diagonal' (1 - s)``.
+
+    Attributes:
+        diagonal: Part of the function that is linear in ``1 - s`` (units,).
     """
 
     diagonal: Floats
@@ -56,47 +116,33 @@ class Relaxation(Protocol):
         """
         ...
 
-    def between(self, free: Bools, kept: Bools) -> Relaxation:
-        """Restrict the relaxation to fewer sets.
-
-        Args:
-            free: Units that may be kept (units,).
-            kept: Units that are kept, a subset of the free ones (units,).
-
-        Returns:
-            A relaxation for these sets, which may be tighter and cheaper.
-        """
-        ...
-
-    def relax(
-        self,
-        free: Bools,
-        count: int,
-        steps: int,
-        *,
-        kept: Bools | None = None,
-        start: Floats | None = None,
-    ) -> Floats:
-        """Approximate the optimum of the relaxation, where a tangent plane is most useful.
+    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+        """Approximate the optimum of the convex function, where a tangent plane is most useful.
 
         Args:
             free: Units that may be kept (units,).
             count: Sum of the keep variables.
             steps: Largest number of steps.
-            kept: Units that are kept in any case, a subset of the free ones (units,).
-            start: Keep variables to start from (units,), None for equal ones.
 
         Returns:
             Keep variables in [0, 1] (units,).
         """
         ...
 
+    def between(self, free: Bools, kept: Bools) -> Relaxation:
+        """Relax the loss for some sets.
 
-class Loss(Relaxation, Protocol):
-    """A loss of sets of units, never negative, with a convex relaxation and a search for good sets."""
+        Args:
+            free: Units that may be kept (units,).
+            kept: Units that are kept, a subset of the free ones (units,).
+
+        Returns:
+            The relaxation.
+        """
+        ...
 
     def value(self, keep: Bools) -> float:
-        """Evaluate the loss of a set, whatever sets the relaxation is for.
+        """Evaluate the loss of a set.
 
         Args:
             keep: Kept units (units,).
@@ -127,24 +173,6 @@ class Loss(Relaxation, Protocol):
 
         Returns:
             Increase of the loss (units,), 0 for units that are not kept.
-        """
-        ...
-
-    def sharpen(
-        self,
-        free: Bools,
-        count: int,
-        flops: float,
-    ) -> float:
-        """Tighten the relaxation for the subsets of the free units. Later tangents hold for these only.
-
-        Args:
-            free: Units that may be kept (units,).
-            count: Sum of the keep variables.
-            flops: Floating-point operations that may be spent.
-
-        Returns:
-            Approximate number of floating-point operations spent.
         """
         ...
 
@@ -213,41 +241,44 @@ class Quadratic(Loss):
         joint = self.matrix @ (~keep).astype(np.float64)
         return np.where(keep, np.diagonal(self.matrix) + 2 * joint, 0.0)
 
-    def sharpen(
-        self,
-        free: Bools,  # noqa: ARG002
-        count: int,  # noqa: ARG002
-        flops: float,  # noqa: ARG002
-    ) -> float:
-        """Leave the relaxation as it is: the diagonal was split off at the start, for all sets."""
-        return 0.0
+    def between(self, free: Bools, kept: Bools) -> QuadraticRelaxation:
+        """Keep the split of the diagonal, which holds for all sets."""
+        return QuadraticRelaxation(self, free, kept)
 
-    def between(self, free: Bools, kept: Bools) -> Relaxation:  # noqa: ARG002
-        """Leave the relaxation as it is: it holds for all sets."""
-        return self
+    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+        """Approximate the optimum by accelerated projected gradients, ``QUADRATIC_STEPS`` for each step."""
+        start = np.zeros(len(free))
+        return self.descend(free, np.zeros(len(free), bool), count, steps, start)
 
-    def relax(
+    def descend(
         self,
         free: Bools,
+        kept: Bools,
         count: int,
         steps: int,
-        *,
-        kept: Bools | None = None,
-        start: Floats | None = None,
+        start: Floats,
     ) -> Floats:
-        """Approximate the optimum of the relaxation by accelerated projected gradients.
+        """Approach the optimum of the convex function for some sets.
 
         Source: Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems", SIAM
         Journal on Imaging Sciences 2, 2009.
+
+        Args:
+            free: Units that may be kept (units,).
+            kept: Units that are kept (units,).
+            count: Sum of the keep variables.
+            steps: Gradient steps, in multiples of ``QUADRATIC_STEPS``.
+            start: Keep variables to start from (units,).
+
+        Returns:
+            Keep variables in [0, 1] (units,).
         """
         convex = self.matrix - np.diag(self.diagonal)
         row_sums = np.abs(convex).sum(axis=1)
         lipschitz = 2 * max(float(row_sums.max()), 1e-30)
-        if kept is None:
-            kept = np.zeros(len(free), bool)
         undecided = free & ~kept
         rest = count - int(kept.sum())
-        keep = kept + _project(np.zeros(len(free)) if start is None else start, undecided, rest)
+        keep = kept + _project(start, undecided, rest)
         ahead = keep
         momentum = 1.0
         for _ in range(QUADRATIC_STEPS * steps):
@@ -258,6 +289,54 @@ class Quadratic(Loss):
             keep = after
             momentum = next_momentum
         return keep
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticRelaxation(Relaxation):
+    """The convex function of ``Quadratic`` for the sets that contain the kept units and no others than the free ones.
+
+    Attributes:
+        loss: The loss.
+        free: Units that may be kept (units,).
+        kept: Units that are kept (units,).
+    """
+
+    loss: Quadratic
+    free: Bools
+    kept: Bools
+
+    @property
+    def flops(self) -> float:
+        """Approximate floating-point operations of one step."""
+        return self.loss.flops
+
+    def plane(self, count: int, flops: float, start: Plane | None) -> Plane:
+        """Compute the tangent plane at a point near the optimum; more nodes prove more than more steps."""
+        steps = 1
+        origin = np.zeros(len(self.free))
+        if start is None:
+            steps = int(min(FIRST_STEPS, max(1, flops / self.flops)))
+        else:
+            origin = start.keep
+        keep = self.loss.descend(self.free, self.kept, count, steps, origin)
+        found = tangent_plane(self.loss, keep)
+        return replace(found, flops=(steps + 1) * self.flops)
+
+
+def tangent_plane(loss: Loss, at: Floats) -> Plane:
+    """Compute the tangent plane of the convex function that equals a loss on sets.
+
+    Args:
+        loss: Loss of a group.
+        at: Keep variables in [0, 1] (units,).
+
+    Returns:
+        The plane, which holds for all sets.
+    """
+    value, gradient = loss.convex(at)
+    constant = value - float(gradient @ at) + float(loss.diagonal.sum())
+    doubt = 1 - np.abs(2 * at - 1)
+    return Plane(constant, gradient - loss.diagonal, at, doubt, loss.flops)
 
 
 def _project(point: Floats, free: Bools, count: int) -> Floats:
@@ -302,16 +381,25 @@ class Subset:
         return 1 + len(self._slopes)
 
     def tangent(self, at: Floats) -> None:
-        """Add the row ``t >= value + gradient' (s - at)`` to all later programs.
+        """Add the tangent plane at a point as a row of all later programs.
 
         Args:
             at: Keep variables in [0, 1] at which the plane touches the loss (units,).
         """
-        value, gradient = self.loss.convex(at)
+        self.bound(tangent_plane(self.loss, at))
+
+    def bound(self, plane: Plane) -> None:
+        """Add the row ``t >= plane - diagonal' (1 - s)`` to all later programs.
+
+        Args:
+            plane: Lower bound of the losses of all subsets of the units that are free from now on.
+        """
+        gradient = plane.slope + self.loss.diagonal
+        constant = plane.constant - float(self.loss.diagonal.sum())
         # Planes may be steep: scaling keeps the largest coefficient near 1.
         size = max(1.0, float(np.abs(gradient).max()))
         self._slopes.append(np.append(-gradient, 1.0) / size)
-        self._sides.append((value - float(gradient @ at)) / size)
+        self._sides.append(constant / size)
 
     def program(self, free: Bools, count: int, start: Bools | None) -> Program:
         """Build the program with all planes so far.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subset_losses import KINDS, PLENTY, everything, fit, least, repaired, sets
 
 from onnx_oamip.core.records import Bools, Floats
-from onnx_oamip.programs.branching import Searched, plane_bound, search
+from onnx_oamip.programs.branching import Searched, search
 from onnx_oamip.programs.diagonal_split import separable
 from onnx_oamip.programs.repaired_loss import (
     LinearConsumer,
@@ -23,7 +23,6 @@ from onnx_oamip.programs.solvers import BACKENDS, SolverLimits, solve
 from onnx_oamip.programs.subset import (
     Loss,
     Quadratic,
-    Relaxation,
     Subset,
     _project,
 )
@@ -33,10 +32,6 @@ SOLVERS = [
     pytest.param(n, marks=pytest.mark.skipif(not b.licence().usable, reason="no licence"))
     for n, b in BACKENDS.items()
 ]
-
-
-PLENTY = 1e12
-"""Floating-point operations that no small program needs."""
 
 
 def matrix(rng: np.random.Generator, units: int, rank: int | None = None, dead: int = 0) -> Floats:
@@ -51,38 +46,6 @@ def matrix(rng: np.random.Generator, units: int, rank: int | None = None, dead: 
         if found.sum() > 0.01 * np.trace(found)
         else found / units
     )
-
-
-def fit(
-    rng: np.random.Generator, outs: int, units: int, held: int, others: int = 0, ridge: float = 1e-2
-) -> LinearConsumer:
-    """Correlated inputs of uneven size, columns of units in random places."""
-    d = units * held + others
-    factor = rng.standard_normal((d, d + 2)) * np.exp(0.5 * rng.standard_normal((d, 1)))
-    mix = np.eye(d) + rng.standard_normal((d, d)) / np.sqrt(d)
-    covariance = mix @ factor @ factor.T @ mix.T / d
-    weight = rng.standard_normal((outs, d))
-    columns = rng.permutation(d)[: units * held].reshape(units, held)
-    scale = float(np.einsum("od,de,oe->", weight, covariance, weight))
-    return LinearConsumer(
-        weight, covariance, ridge * float(np.trace(covariance)) / d, columns, scale
-    )
-
-
-KINDS = {
-    "one consumer": [(5, 1, 0)],
-    "columns of no unit": [(4, 1, 3)],
-    "blocks of three": [(5, 3, 0)],
-    "several": [(5, 1, 2), (3, 3, 0), (7, 1, 0)],
-    "a blind consumer": [(4, 1, 0), (3, 0, 4)],
-}
-"""(outputs, columns a unit, columns of no unit) by consumer."""
-
-
-def repaired(kind: str, seed: int, units: int, ridge: float = 1e-2) -> Repaired:
-    rng = np.random.default_rng([seed, len(kind)])
-    fits = [fit(rng, outs, units, held, others, ridge) for outs, held, others in KINDS[kind]]
-    return Repaired(fits, rng.permutation(units))
 
 
 def least_squares(fits: Sequence[LinearConsumer], keep: Floats) -> float:
@@ -107,18 +70,6 @@ def least_squares(fits: Sequence[LinearConsumer], keep: Floats) -> float:
     return total
 
 
-def sets(free: Bools, count: int) -> Iterator[Bools]:
-    """All sets of ``count`` free units."""
-    for chosen in combinations(np.flatnonzero(free).tolist(), count):
-        keep = np.zeros(len(free), bool)
-        keep[list(chosen)] = True
-        yield keep
-
-
-def least(loss: Loss, free: Bools, count: int) -> float:
-    return min(loss.value(keep) for keep in sets(free, count))
-
-
 def plane(loss: Loss, at: Floats, free: Bools, count: int) -> float:
     """The least value of the tangent plane at ``at`` over 0 <= s <= free, sum(s) = count: by sorting."""
     value, gradient = loss.convex(at)
@@ -126,13 +77,9 @@ def plane(loss: Loss, at: Floats, free: Bools, count: int) -> float:
     return float(value - gradient @ at + loss.diagonal.sum() + slope[:count].sum())
 
 
-def whole(loss: Relaxation, keep: Floats) -> float:
+def whole(loss: Loss, keep: Floats) -> float:
     """The loss between sets: what the relaxation minimises."""
     return loss.convex(keep)[0] + float(loss.diagonal @ (1 - keep))
-
-
-def everything(units: int) -> Bools:
-    return np.ones(units, bool)
 
 
 # ------------------------------------------------------------------------------------------------- without repair
@@ -359,12 +306,12 @@ def test_project_finds_the_nearest(seed: int, units: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ridge", [1e-4, 1e-1])
 def test_repaired_is_ridge_regression(kind: str, ridge: float) -> None:
-    """On sets and between them, by one least squares a consumer."""
+    """On sets, by one least squares a consumer."""
     rng = np.random.default_rng(1)
     for seed in range(4):
         loss = repaired(kind, seed, 6, ridge)
         assert not loss.diagonal.any()
-        for keep in (np.zeros(6), np.ones(6), rng.random(6), *(rng.random((4, 6)) < 0.5)):
+        for keep in (np.zeros(6), np.ones(6), *(rng.random((4, 6)) < 0.5)):
             expected = least_squares(loss.consumers, keep.astype(np.float64))
             assert loss.convex(keep.astype(np.float64))[0] == pytest.approx(expected, rel=1e-8)
         some = rng.random(6) < 0.5
@@ -545,63 +492,6 @@ def test_repaired_relaxation_bounds_every_set(kind: str, seed: int) -> None:
         assert gaps[-2] <= 0.5 * gaps[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(2))
-def test_sharpened_relaxation_bounds_every_set_more_tightly(kind: str, seed: int) -> None:
-    """Losses of sets are as before, planes lie below them, and the bound is closer to the best of them."""
-    loss = repaired(kind, seed, 8, ridge=0.02)
-    free = everything(8)
-    free[np.random.default_rng(seed).permutation(8)[: 2 * seed]] = False
-    best = least(loss, free, 3)
-    before = plane(loss, loss.relax(free, 3, 200), free, 3)
-    assert 0 < loss.sharpen(free, 3, PLENTY) <= PLENTY
-    relaxed = loss.relax(free, 3, 200)
-    bound = plane(loss, relaxed, free, 3)
-    assert bound <= whole(loss, relaxed) + 1e-12
-    assert bound <= best + 1e-12
-    assert best - bound <= 0.98 * (best - before)
-    value, gradient = loss.convex(relaxed)
-    for keep in sets(free, 3):
-        exact = least_squares(loss.consumers, keep.astype(np.float64))
-        assert loss.value(keep) == pytest.approx(exact, rel=1e-8)
-        assert exact >= value + gradient @ (keep - relaxed) - 1e-9
-
-
-def test_sharpened_relaxation_of_uncorrelated_units_is_exact() -> None:
-    """Each unit loses for itself, so all of the covariance moves into the perspective part."""
-    rng = np.random.default_rng(0)
-    own = rng.uniform(0.5, 2.0, 9)
-    weight = rng.standard_normal((4, 9))
-    one = LinearConsumer(weight, np.diag(own), 1e-3, np.arange(9)[:, None], 1.0)
-    loss = Repaired([one], np.arange(9))
-    best = least(loss, everything(9), 4)
-    before = plane(loss, loss.relax(everything(9), 4, 50), everything(9), 4)
-    loss.sharpen(everything(9), 4, PLENTY)
-    after = plane(loss, loss.relax(everything(9), 4, 50), everything(9), 4)
-    assert before < 0.1 * best
-    assert after == pytest.approx(best, rel=0.02)
-
-
-@given(SEEDS, st.sampled_from(list(KINDS)))
-@settings(max_examples=20)
-def test_sharpened_loss_is_convex(seed: int, kind: str) -> None:
-    """On the free units, along segments between any two points; its gradient matches differences."""
-    rng = np.random.default_rng(seed)
-    loss = repaired(kind, seed % 97, 5)
-    free = rng.permutation(5) < 4
-    loss.sharpen(free, 2, PLENTY)
-    here, there = (free * np.clip(rng.normal(0.5, 0.6, 5), 0, 1) for _ in range(2))
-    (a, slope), (b, _) = loss.convex(here), loss.convex(there)
-    for t in (0.1, 0.5, 0.8):
-        assert loss.convex((1 - t) * here + t * there)[0] <= (1 - t) * a + t * b + 1e-10
-    assert b >= a + slope @ (there - here) - 1e-9 * (1 + float(np.abs(slope).max()))
-    at = free * rng.uniform(0.2, 0.9, 5)
-    gradient = loss.convex(at)[1]
-    step = 1e-5 * np.eye(5)[free]
-    found = [(loss.convex(at + s)[0] - loss.convex(at - s)[0]) / 2e-5 for s in step]
-    np.testing.assert_allclose(gradient[free], found, rtol=1e-5, atol=1e-6 * np.abs(found).max())
-
-
 @given(SEEDS, st.integers(1, 12))
 @settings(max_examples=60)
 def test_shared_out_is_best(seed: int, units: int) -> None:
@@ -780,7 +670,7 @@ def searched(
         loss,
         free,
         loss.narrow(free, count, 0),
-        relaxed=loss.relax(free, count, 8),
+        root=loss.between(free, np.zeros(len(free), bool)).plane(count, PLENTY, None),
         flops=flops,
         gap=gap,
         is_over=lambda: False,
@@ -810,31 +700,21 @@ def test_bound_of_a_search_rises_with_its_operations(name: str) -> None:
     free = everything(7)
     best = least(loss, free, 3)
     bounds = []
-    for flops in (0.0, 1e7, 4e7, PLENTY):
+    root = loss.between(free, np.zeros(7, bool)).plane(3, PLENTY, None)
+    most = loss.between(free, np.arange(7) == 0).plane(3, PLENTY, root).flops
+    for flops in (0.0, most, 4 * most, PLENTY):
         found = searched(loss, free, 3, flops)
         # The last branching may spend more than is left, on two nodes.
-        assert found.flops <= flops + 4 * loss.flops
+        assert found.flops <= flops + 2 * most
         assert found.bound <= best * (1 + 1e-9)
         assert found.value >= best * (1 - 1e-9)
         bounds.append(found.bound)
-    assert bounds[0] == pytest.approx(plane(loss, loss.relax(free, 3, 8), free, 3), rel=1e-9)
+    assert bounds[0] == pytest.approx(root.least(free, np.zeros(7, bool), 3), rel=1e-9)
     assert (np.diff(bounds) >= -1e-12).all()
     assert bounds[-1] == pytest.approx(best, rel=1e-9)
     # Without repair the split diagonal makes the relaxation nearly exact.
     assert bounds[-1] > bounds[0] or name == "quadratic"
     assert searched(loss, free, 3, gap=1.0).nodes == 1
-
-
-@pytest.mark.parametrize("name", ["repaired", "repaired blocks"])
-def test_sharpened_relaxation_needs_fewer_nodes(name: str) -> None:
-    """The same set, proved to be best, from fewer nodes."""
-    plain, sharp = losses_of(4)[name], losses_of(4)[name]
-    sharp.sharpen(everything(7), 3, PLENTY)
-    before, after = (searched(loss, everything(7), 3, gap=0.05) for loss in (plain, sharp))
-    best = least(plain, everything(7), 3)
-    for found in (before, after):
-        assert 0.95 * found.value <= found.bound <= best <= found.value
-    assert after.nodes < before.nodes
 
 
 def test_search_ends_when_it_is_told() -> None:
@@ -845,7 +725,7 @@ def test_search_ends_when_it_is_told() -> None:
         loss,
         everything(7),
         first,
-        relaxed=loss.relax(everything(7), 3, 8),
+        root=loss.between(everything(7), np.zeros(7, bool)).plane(3, PLENTY, None),
         flops=PLENTY,
         gap=0.0,
         is_over=lambda: next(answers),
@@ -860,18 +740,17 @@ def test_relaxation_with_kept_units_bounds_the_sets_that_contain_them(name: str)
     free = everything(7)
     free[6] = False
     kept = np.arange(7) == 2
-    start = loss.relax(free, 4, 4)
-    for origin in (None, start):
-        found = loss.relax(free, 4, 6, kept=kept, start=origin)
-        assert found[2] == 1
-        assert found[6] == 0
-        assert found.sum() == pytest.approx(4, rel=1e-9)
-        best = min(loss.value(keep) for keep in sets(free, 4) if keep[2])
-        bound = plane_bound(loss, found, free, kept, 4)
-        assert bound <= min(best, whole(loss, found)) + 1e-12
-        assert bound >= 0.2 * best
-        # Restricted to the node, the relaxation has the same value there, and as valid a bound.
-        restricted = loss.between(free, kept)
-        assert whole(restricted, found) == pytest.approx(whole(loss, found), rel=1e-9)
-        own = plane_bound(restricted, found, free, kept, 4)
-        assert bound - 1e-12 <= own <= best + 1e-12
+    first = loss.between(free, np.zeros(7, bool)).plane(4, PLENTY, None)
+    for origin in (None, first):
+        found = loss.between(free, kept).plane(4, PLENTY, origin)
+        for _ in range(5):
+            found = loss.between(free, kept).plane(4, PLENTY, found)
+        assert found.keep[2] == 1
+        assert found.keep[6] == 0
+        assert found.keep.sum() == pytest.approx(4, rel=1e-6)
+        chosen = [keep for keep in sets(free, 4) if keep[2]]
+        best = min(loss.value(keep) for keep in chosen)
+        assert found.least(free, kept, 4) <= best + 1e-12
+        assert found.least(free, kept, 4) >= 0.2 * best
+        for keep in chosen:
+            assert found.constant + found.slope @ keep <= loss.value(keep) + 1e-12

@@ -49,6 +49,7 @@ from onnx_oamip.programs.solvers import (
 )
 from onnx_oamip.programs.subset import (
     Loss,
+    Plane,
     Quadratic,
     Subset,
 )
@@ -71,11 +72,11 @@ MAX_SEARCH_STEPS = 64
 """Steps of the search for the first point of one share."""
 MAX_RELAX_STEPS = 32
 """Steps of the search for the optimum of the relaxation of one share."""
-FLOPS_PER_GROUP = 5e10
+FLOPS_PER_GROUP = 1e11
 """Approximate floating-point operations for the losses of one group. Wide groups get fewer solves and search steps; the
 numbers do not depend on the machine. What one share leaves is for the narrower ones."""
-SHARPENING_SHARE = 0.4
-"""Part of the operations of one share that may tighten its relaxation. The search takes what is left."""
+MIN_STEPS = 30
+"""Steps of the relaxation that must be affordable, or there is neither a plane of it nor branch and bound."""
 RELATIVE_GAP = 0.01
 MAX_NODES = 1_000
 """Branch-and-bound nodes of one solve."""
@@ -399,8 +400,8 @@ def _improve(
 ) -> _Step:
     """Improve a set by outer approximation, then by branch and bound on the relaxation.
 
-    Tangent planes are added at the optimum of the relaxation, at the first set and at every solution. Each solution is
-    rounded to a set and compared by its true loss.
+    The first plane is that of the relaxation. Tangent planes are added at the optimum of the convex function, at the
+    first set and at every solution. Each solution is rounded to a set and compared by its true loss.
 
     Args:
         subset: Program of the group, with the planes of earlier sizes.
@@ -419,8 +420,17 @@ def _improve(
     taken = proposed is not None and best.offer(proposed)
     bound = 0.0
     last: Solution | None = None
-    spent = loss.sharpen(free, best.count, SHARPENING_SHARE * flops)
-    evaluations = flops / loss.flops
+    none = np.zeros(len(free), bool)
+    relaxation = loss.between(free, none)
+    root: Plane | None = None
+    spent = 0.0
+    if flops >= MIN_STEPS * relaxation.flops and time.perf_counter() < deadline:
+        root = relaxation.plane(best.count, flops, None)
+        spent += root.flops
+        best.offer(root.keep)
+        subset.bound(root)
+        bound = max(bound, root.least(free, none, best.count))
+    evaluations = (flops - spent) / loss.flops
     relax_steps = int(min(MAX_RELAX_STEPS, max(2, evaluations / 3)))
     relaxed = loss.relax(free, best.count, relax_steps)
     spent += relax_steps * loss.flops
@@ -439,6 +449,7 @@ def _improve(
         )
         program = subset.program(free, best.count, best.keep)
         last = solve(program, limits, settings.solver)
+        before = best.value, bound
         if last.bound is not None:
             bound = max(bound, last.bound)
         if last.values is None:
@@ -447,15 +458,18 @@ def _improve(
         best.offer(keep)
         if best.value - bound <= RELATIVE_GAP * best.value:
             break
+        if root is not None and (best.value, bound) == before:
+            break  # the planes of the semidefinite relaxation are above all that follow
         subset.tangent(keep)
         # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
         subset.tangent((keep + relaxed) / 2)
-    if best.value - bound > RELATIVE_GAP * best.value and time.perf_counter() < deadline:
+    is_open = best.value - bound > RELATIVE_GAP * best.value
+    if root is not None and is_open and time.perf_counter() < deadline:
         searched = branching.search(
             loss,
             free,
             best.keep,
-            relaxed=relaxed,
+            root=root,
             flops=flops - spent,
             gap=RELATIVE_GAP,
             is_over=lambda: time.perf_counter() >= deadline,
