@@ -29,8 +29,9 @@ def conform(proto: ModelProto) -> None:
 
     Raises:
         ModelError: The nodes read each other's outputs in a cycle, or refer to attributes of a function outside of one,
-            or a branch gives fewer outputs than its node.
+            a branch gives fewer outputs than its node, or a tensor is stored in segments.
     """
+    _check_tensors(proto)
     _check_attributes(proto)
     _check_branches(proto)
     node_order.sort(proto.graph)
@@ -38,6 +39,16 @@ def conform(proto: ModelProto) -> None:
         default_inputs.close(proto)
         proto.ir_version = FIRST_VERSION
     _spell_default_domain(proto)
+
+
+def _check_tensors(proto: ModelProto) -> None:
+    """Raises ModelError for a tensor in segments, which no reader of ONNX puts together."""
+    for tensor in subgraphs.tensors(proto):
+        if tensor.HasField("segment"):
+            raise ModelError(
+                f"the tensor '{shortened(tensor.name)}' is one segment of a tensor, which is not supported; export the "
+                "model again."
+            )
 
 
 def _check_attributes(proto: ModelProto) -> None:

@@ -159,6 +159,12 @@ def _simple() -> ModelProto:
     )
 
 
+def _segmented() -> ModelProto:
+    proto = _simple()
+    proto.graph.initializer[0].segment.end = 40
+    return proto
+
+
 def _calls(*listed: tuple[str, list[str]]) -> ModelProto:
     """The simple network with Relu replaced by the first function; each is a chain of the calls named."""
     proto = _simple()
@@ -373,6 +379,7 @@ def _negative_length() -> ModelProto:
 
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
+    "tensor in segments": (_segmented, "'w1' is one segment of a tensor, which is not supported"),
     "functions that double": (_doubling, "once its functions are inlined"),
     "functions that call five": (_fivefold, "once its functions are inlined"),
     "weight outside": (_outside("../secret.bin", "weight"), "outside its own folder"),
