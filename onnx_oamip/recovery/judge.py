@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from scipy.stats import rankdata
 
 from onnx_oamip.core.records import Array, Floats, Measure, Model
 from onnx_oamip.core.records.objective import Objective
@@ -153,6 +152,8 @@ class Best:
 
 def _rank_errors(gains: Floats) -> float:
     """Sum of the signed ranks of some differences over its standard error, as in Wilcoxon's test."""
+    from scipy.stats import rankdata  # half a second to import, and only a recovery needs it
+
     ranks = rankdata(np.abs(gains))
     return float((np.sign(gains) * ranks).sum() / np.sqrt((ranks**2).sum()))
 

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from .studies import Row, paths, save
+from .studies import Resumable, Row, paths
 
-COLUMNS = ("model", "killed at", "whole s", "rerun s", "rerun / whole", "of processor time")
-CLOCKED = COLUMNS[2:]
+COLUMNS = ("model", "killed at", "runs", "whole s", "rerun s", "rerun / whole", "of processor time")
+CLOCKED = COLUMNS[3:]
 STAGES = {
     "calibrate": "statistics.calibration.collect",
     "score": "planning.scoring.apply_method",
@@ -30,6 +31,7 @@ STAGES = {
 }
 """Stages at which a run is killed, in their order, with the function that begins each."""
 RUNS = 3
+"""Runs whose median counts."""
 KILLED = """
 import os, signal, sys
 from importlib import import_module
@@ -43,14 +45,14 @@ sys.exit(main(sys.argv[2:]))
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """Medians over ``RUNS`` runs at half the MACs; every rerun must write the very file of the whole run."""
-    rows: list[Row] = []
+    study = Resumable(out, "resume", COLUMNS, seed, CLOCKED)
     for name in names or ("vgg-fashion", "resnet20-fashion"):
         with tempfile.TemporaryDirectory() as folder:
-            rows += _rows(name, Path(folder), seed)
-    return save(out, "resume", rows, COLUMNS, seed, CLOCKED)
+            study.measure({"model": name}, len(STAGES), _rows(name, Path(folder), seed))
+    return study.save()
 
 
-def _rows(name: str, folder: Path, seed: int) -> list[Row]:
+def _rows(name: str, folder: Path, seed: int) -> Iterator[Row]:
     model, source = paths(name)
     output = folder / "out.onnx"
 
@@ -85,7 +87,6 @@ def _rows(name: str, folder: Path, seed: int) -> list[Row]:
 
     full = [whole(folder / f"whole {i}") for i in range(RUNS)]
     written = output.read_bytes()
-    rows: list[Row] = []
     for stage, place in STAGES.items():
         again = []
         for i in range(RUNS):
@@ -103,18 +104,15 @@ def _rows(name: str, folder: Path, seed: int) -> list[Row]:
         (seconds, busy), (once, busy_once) = (
             tuple(map(median, zip(*times, strict=True))) for times in (again, full)
         )
-        rows.append(
-            {
-                "model": name,
-                "killed at": stage,
-                "whole s": round(once, 1),
-                "rerun s": round(seconds, 1),
-                "rerun / whole": round(seconds / once, 2),
-                "of processor time": round(busy / busy_once, 2),
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+        yield {
+            "model": name,
+            "killed at": stage,
+            "runs": RUNS,
+            "whole s": round(once, 1),
+            "rerun s": round(seconds, 1),
+            "rerun / whole": round(seconds / once, 2),
+            "of processor time": round(busy / busy_once, 2),
+        }
 
 
 def _processor() -> float:
