@@ -22,7 +22,7 @@ from onnx_oamip.cli.score import score
 from onnx_oamip.cli.settings import SettingsCommand, timing_options
 from onnx_oamip.cli.statements import statements_option
 from onnx_oamip.cli.stdout import document_only, reader_may_go
-from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.cli.terminal import Progress, note, show
 from onnx_oamip.core.command_settings import VERIFY, CommandSettings
 from onnx_oamip.core.version import __version__
 
@@ -112,9 +112,9 @@ def inspect(model: Path, as_json: bool, **choices: Any) -> None:
     from onnx_oamip.graph.cost import uncounted_note
 
     found = in_memory.inspect(model, **choices)
-    note = uncounted_note(found.model)
-    if note:
-        click.echo(f"note: {note}", err=True)
+    uncounted = uncounted_note(found.model)
+    if uncounted:
+        note(uncounted)
     show(found.document, as_json)
 
 

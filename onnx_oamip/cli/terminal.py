@@ -11,6 +11,7 @@ import click
 
 from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.stdout import stream, to_stderr
+from onnx_oamip.core.printable import visible
 
 if TYPE_CHECKING:
     from onnx_oamip.reporting.documents import Document
@@ -50,20 +51,28 @@ def explain_drop(document: Document) -> None:
 
     sentence = drop_choice(document)
     if sentence:
-        to_stderr(f"note: {Flags.of_context().in_text(sentence)}")
+        note(sentence)
+
+
+def note(text: str) -> None:
+    """Print a note as one line on stderr, with options in place of parameters.
+
+    Args:
+        text: The note, which may hold names from a model; their invisible characters are spelt out.
+    """
+    to_stderr(f"note: {visible(Flags.of_context().in_text(text))}")
 
 
 class Notes(logging.Handler):
     """Warnings of the package as lines on stderr, with options in place of parameters."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message of the log to stderr as one line, with options in place of parameters.
+        """Print a message of the log as a note.
 
         Args:
             record: The message.
         """
-        text = Flags.of_context().in_text(record.getMessage())
-        to_stderr(f"note: {text}")
+        note(record.getMessage())
 
 
 class Progress:

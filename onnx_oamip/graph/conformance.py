@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import onnx
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.printable import shortened
 from onnx_oamip.graph import default_inputs, node_order, subgraphs
 from onnx_oamip.graph.input_guards import inferred
+from onnx_oamip.graph.ops import kinds
 from onnx_oamip.graph.shape_inference import clear_output_shapes, skeleton
 
 DEFAULT_DOMAIN = "ai.onnx"
 """Second spelling of the default domain, whose first one is empty."""
+EQUATION = re.compile(rb"[A-Za-z., ]*(->[A-Za-z. ]*)?")
+"""Characters of an equation."""
 FIRST_VERSION = 4
 """Version of the format since which initialisers need not be inputs; before, no feed could replace them."""
 
@@ -29,9 +33,11 @@ def conform(proto: ModelProto) -> None:
 
     Raises:
         ModelError: The nodes read each other's outputs in a cycle, or refer to attributes of a function outside of one,
-            a branch gives fewer outputs than its node, or a tensor is stored in segments.
+            a branch gives fewer outputs than its node, a tensor is stored in segments or has an unknown type, or an
+            equation holds other characters than those of ONNX.
     """
     _check_tensors(proto)
+    _check_equations(proto)
     _check_attributes(proto)
     _check_branches(proto)
     node_order.sort(proto.graph)
@@ -42,13 +48,32 @@ def conform(proto: ModelProto) -> None:
 
 
 def _check_tensors(proto: ModelProto) -> None:
-    """Raises ModelError for a tensor in segments, which no reader of ONNX puts together."""
+    """Raises ModelError for a tensor of unknown type, or in segments, which no reader of ONNX puts together."""
+    known = set(TensorProto.DataType.values())
     for tensor in subgraphs.tensors(proto):
+        if tensor.data_type not in known:
+            raise ModelError(
+                f"the tensor '{shortened(tensor.name)}' has the element type {tensor.data_type}, which ONNX does not "
+                "have; export the model again."
+            )
         if tensor.HasField("segment"):
             raise ModelError(
                 f"the tensor '{shortened(tensor.name)}' is one segment of a tensor, which is not supported; export the "
                 "model again."
             )
+
+
+def _check_equations(proto: ModelProto) -> None:
+    """Raises ModelError for an equation of other characters: ONNX's shape inference writes outside of its memory."""
+    for node in subgraphs.nodes_and_function_nodes(proto):
+        for attribute in node.attribute:
+            is_equation = node.op_type in kinds.EQUATION and attribute.name == "equation"
+            if is_equation and not EQUATION.fullmatch(attribute.s):
+                text = attribute.s.decode("utf-8", "replace")
+                raise ModelError(
+                    f"the equation '{shortened(text)}' of {node.op_type} '{shortened(node.name)}' is not one of "
+                    "letters, commas, '...' and one '->'; export the model again."
+                )
 
 
 def _check_attributes(proto: ModelProto) -> None:

@@ -125,7 +125,7 @@ def tensors(proto: ModelProto) -> Iterator[TensorProto]:
         for node in function.node:
             for body in all_bodies(node):
                 parts.extend(graphs(body))
-    for node in _nodes_and_function_nodes(proto):
+    for node in nodes_and_function_nodes(proto):
         attributes.extend(node.attribute)
 
     for part in parts:
@@ -143,8 +143,15 @@ def tensors(proto: ModelProto) -> Iterator[TensorProto]:
         yield tensor.indices
 
 
-def _nodes_and_function_nodes(proto: ModelProto) -> Iterator[NodeProto]:
-    """All nodes of the graph, of its functions, and of the subgraphs in both."""
+def nodes_and_function_nodes(proto: ModelProto) -> Iterator[NodeProto]:
+    """Iterates over all nodes of the graph, of its functions, and of the subgraphs in both.
+
+    Args:
+        proto: The model.
+
+    Yields:
+        The nodes, each before those of its subgraphs.
+    """
     for top_nodes in (proto.graph.node, *(function.node for function in proto.functions)):
         for node in top_nodes:
             yield node
@@ -214,7 +221,7 @@ def inline(proto: ModelProto) -> ModelProto:
     """
     if not proto.functions:
         return proto
-    nodes_before = sum(1 for _ in _nodes_and_function_nodes(proto))
+    nodes_before = sum(1 for _ in nodes_and_function_nodes(proto))
     nodes_after = _inlined_size(proto)
     if nodes_after > max(INLINED_NODES, INLINED_GROWTH * nodes_before):
         raise ModelError(
@@ -223,7 +230,7 @@ def inline(proto: ModelProto) -> ModelProto:
         )
     # The inliner forgets the default values that a function declares for attributes which a call leaves out.
     defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in proto.functions}
-    for node in _nodes_and_function_nodes(proto):
+    for node in nodes_and_function_nodes(proto):
         given = {a.name for a in node.attribute}
         declared = defaults.get((node.domain, node.op_type, node.overload), ())
         node.attribute.extend(a for a in declared if a.name not in given)

@@ -165,6 +165,20 @@ def _segmented() -> ModelProto:
     return proto
 
 
+def _untyped() -> ModelProto:
+    proto = _simple()
+    proto.graph.initializer[0].data_type = -1
+    return proto
+
+
+def _unlettered() -> ModelProto:
+    """The shape inference of ONNX writes outside of its memory, and does not return."""
+    proto = _simple()
+    node = helper.make_node("Einsum", ["h", "w2"], ["y"], "product", equation="nc\x0f,cl")
+    proto.graph.node[2].CopyFrom(node)
+    return proto
+
+
 def _calls(*listed: tuple[str, list[str]]) -> ModelProto:
     """The simple network with Relu replaced by the first function; each is a chain of the calls named."""
     proto = _simple()
@@ -380,6 +394,8 @@ def _negative_length() -> ModelProto:
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
     "tensor in segments": (_segmented, "'w1' is one segment of a tensor, which is not supported"),
+    "tensor of unknown type": (_untyped, "'w1' has the element type -1, which ONNX does not have"),
+    "equation of other characters": (_unlettered, r"the equation 'nc\x0f,cl' of Einsum 'product'"),
     "functions that double": (_doubling, "once its functions are inlined"),
     "functions that call five": (_fivefold, "once its functions are inlined"),
     "weight outside": (_outside("../secret.bin", "weight"), "outside its own folder"),
@@ -442,6 +458,21 @@ def test_broken_models_are_refused_in_one_sentence(
         assert not fuzzing.judge(status, out, err)
         assert sentence in err
         assert not (place / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune"])
+def test_notes_spell_out_invisible_characters(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The domain of an operator may hold the end of a line."""
+    proto = _simple()
+    proto.graph.node[1].domain = "own\u2028\x85"
+    proto.opset_import.append(helper.make_opsetid("own\u2028\x85", 1))
+    (place / "m.onnx").write_bytes(proto.SerializeToString())
+    main(["inspect", str(place / "m.onnx")] if command == "inspect" else _prune(place))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert any(r"own\u2028\x85::Relu" in line for line in notes)
+    assert "".join(notes).isprintable()
 
 
 def test_graphsurgeon_prints_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ FILL = frozenset({"ConstantOfShape"})
 """Makes a tensor of equal values, whose shape is its input."""
 EXPANSION = frozenset({"Expand"})
 """Repeats a tensor to a shape that is its second input."""
+EQUATION = frozenset({"Einsum"})
+"""Products that an equation of letters describes."""
 WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 """Move a window over an input that must not be shorter."""
 LOOP = frozenset({"Loop"})
