@@ -123,6 +123,16 @@ def constant_latency() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_programs() -> Iterator[None]:
+    """Spend a fiftieth of the operations on the programs of a group: the groups of the tests are small."""
+    from onnx_oamip.importance.oamip import decoupled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoupled, "FLOPS_PER_GROUP", decoupled.FLOPS_PER_GROUP / 50)
+        yield
+
+
 @pytest.fixture
 def measured_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare latencies after all, for a moment in place of seconds."""
