@@ -44,14 +44,16 @@ NEXT_STEPS = 25
 """Steps of the other search."""
 MIN_LOSS = 1e-30
 """Replaces a loss of 0 in the barrier."""
-STEP_OVERHEAD = 4e6
+STEP_OVERHEAD = 2e6
 """Floating-point operations that take as long as the interpreter's part of one evaluation."""
-MEMORY = 20
+MEMORY = 10
 """Steps that the quasi-Newton method remembers."""
 TOLERANCE = 1e-10
 """Relative improvement, and gradient, at which the method stops."""
-BISECTIONS = 60
-"""Halvings of the interval of the shift that makes removal variables add up to their number."""
+MAX_SHIFTS = 60
+"""Steps of the search for the shift that makes removal variables add up to their number."""
+SHIFT_ACCURACY = 1e-13
+"""Relative error of that sum."""
 LARGEST_LOGIT = 60.0
 """Bound of that shift."""
 MIN_VARIABLE = 1e-9
@@ -391,16 +393,24 @@ class _Point:
 
 
 def _sigmoids(logits: Floats, total: int) -> Floats:
-    """Logistic functions of logits, shifted so that they add up to ``total``."""
+    """Logistic functions of logits, shifted so that they add up to ``total``: by Newton's method within a bracket."""
     low, high = -LARGEST_LOGIT - logits.max(), LARGEST_LOGIT - logits.min()
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if float(expit(logits + middle).sum()) > total:
-            high = middle
+    shift = 0.0
+    for _ in range(MAX_SHIFTS):
+        found = expit(logits + shift)
+        excess = float(found.sum()) - total
+        if abs(excess) <= SHIFT_ACCURACY * total:
+            break
+        if excess > 0:
+            high = shift
         else:
-            low = middle
-    found: Floats = np.clip(expit(logits + low), MIN_VARIABLE, 1 - MIN_VARIABLE)
-    return found
+            low = shift
+        slope = float((found * (1 - found)).sum())
+        shift = shift - excess / slope if slope > 0 else low
+        if not low < shift < high:
+            shift = (low + high) / 2
+    result: Floats = np.clip(found, MIN_VARIABLE, 1 - MIN_VARIABLE)
+    return result
 
 
 def _inverse(matrix: Floats) -> tuple[Floats, float] | None:
@@ -412,5 +422,7 @@ def _inverse(matrix: Floats) -> tuple[Floats, float] | None:
     half, failed = dpotri(factor, lower=1, overwrite_c=1)
     if failed:
         return None
-    lower = np.tril(half)
-    return lower + np.tril(half, -1).T, logdet
+    # The upper triangle of the factor, and so of the half, is zero.
+    inverse: Floats = half + half.T
+    inverse[np.diag_indices_from(inverse)] /= 2
+    return inverse, logdet
