@@ -29,6 +29,7 @@ from tools.bench import (
     latency,
     latency_figure,
     mechanisms,
+    mutants,
     picture,
     rivals,
     rivals_figure,
@@ -602,3 +603,19 @@ def test_determinism_is_studied_once_per_model_and_release(
     monkeypatch.setattr(determinism, "prune", lambda *_: pytest.fail("studied again"))
     determinism.run(out, 0, (str(model),))
     capsys.readouterr()
+
+
+def test_rounds_of_mutants_are_counted(tmp_path: Path) -> None:
+    study = studies.Resumable(tmp_path, "mutants", mutants.COLUMNS, 0)
+    text = """survived (3 of 9 tests) planning.allocation.py:512 -x = a: 1 +x = a: 2
+planning.allocation: 30 of 880 mutants: crash 1, killed 20, no test 2, survived 6, time 1
+"""
+    mutants.add(study, text)
+    mutants.add(study, "repair.ridge: 30 of 427 mutants: killed 30\n")
+    mutants.add(study, text)
+    keys = ("module", "round", "mutants", "drawn", "noticed", "no test", "survived")
+    assert [tuple(row[key] for key in keys) for row in study.rows] == [
+        ("planning.allocation", 1, 880, 30, 22, 2, 6),
+        ("repair.ridge", 1, 427, 30, 30, 0, 0),
+        ("planning.allocation", 2, 880, 30, 22, 2, 6),
+    ]

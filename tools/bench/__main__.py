@@ -14,6 +14,7 @@ What studies need beside ``pip install -e '.[cpu,dev]'``:
   finetune, lottery, the larger counts of calibration and recover, further seeds of critical (torch): training images,
     --mnist DIR and --fashion DIR, folders with the four IDX files of MNIST and of Fashion-MNIST, gzipped or plain
     (models/README.md says from where)
+  mutants: mutmut
   rows for CUDA in latency: the extra gpu in place of cpu, and an NVIDIA GPU
 """
 
@@ -56,6 +57,7 @@ STUDIES = (
     "determinism",
     "memory",
     "limits",
+    "mutants",
     "recover",
     "finetune",
     "cuda",

@@ -302,6 +302,13 @@ TEXT = {
             "and of networks with random weights that are wide, deep or long."
         ),
     ),
+    "mutants": (
+        "Tests that notice faults",
+        (
+            "Small faults put into a module one at a time (mutants), drawn at random, and shown to tests of four "
+            "seconds. Between the rounds tests are added, and modules change. `no test`: no test runs the line."
+        ),
+    ),
     "coverage": (
         "Architectures",
         (
