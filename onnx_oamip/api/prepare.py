@@ -46,6 +46,7 @@ from onnx_oamip.planning import (
     allocation,
     critical_units,
     drop_search,
+    emptied_branches,
     execution,
     idle_branches,
     iterative,
@@ -123,8 +124,9 @@ def prepare(
     with context.clock("sensitivity"):
         steps = _steps(context)
         unrepaired = replace(context, settings=critical_units.without_repair(context.settings))
+        emptiable = emptied_branches.emptiable(context, constraints.floor)
         ladder, curves = width_losses.measure(
-            unrepaired, found, step=steps, floor=constraints.floor
+            unrepaired, found, step=steps, floor=constraints.floor, emptiable=emptiable
         )
     context.collected.forget(but=_needed_later(context.settings))
     inherited = {field.name: getattr(context, field.name) for field in fields(Context)}
@@ -135,6 +137,7 @@ def prepare(
         steps=steps,
         ladder=ladder,
         curves=curves,
+        emptiable=emptiable,
     )
 
 
@@ -211,7 +214,10 @@ def _needed_later(settings: Settings) -> set[Request[Any]]:
     """Statistics of the original model that are read after its scores and losses are known."""
     refitting = {MOMENTS} if settings.refit == "bias" else set()
     again = (
-        settings.iterations > 1 or settings.effort == "high" or critical_units.is_possible(settings)
+        settings.iterations > 1
+        or settings.effort == "high"
+        or critical_units.is_possible(settings)
+        or emptied_branches.applies(settings)
     )
     measuring_again = {COVARIANCE} if again and width_losses.programmed(settings) else set()
     return refitting | measuring_again

@@ -3,7 +3,7 @@
 ``mip`` chooses every group's width by the budget program from measured losses. ``uniform`` keeps the same share of
 every group; ``global`` keeps the units of largest score relative to their group's mean, wherever they are. These two
 land on the budget from below: a bisection on one number, then single steps while they fit. Widths are multiples of the
-alignment (in channels), or the full width; no group is ever emptied.
+alignment (in channels), or the full width. Groups are emptied before, as the ladder of their widths says.
 """
 
 from __future__ import annotations
@@ -187,6 +187,9 @@ def allocate(
     if settings.alpha is not None:
         wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
         ceiling = np.minimum(ceiling, np.maximum(-(-wanted // step) * step, narrowest))
+    if ladder is not None:  # an emptied group has no units to choose from
+        ceiling = np.minimum(ceiling, [widths[-1] for widths in ladder.widths]).astype(np.int64)
+        narrowest = np.minimum(narrowest, ceiling)
 
     def fits(widths: Ints) -> bool:
         return limit.holds(ledger.cost(widths))

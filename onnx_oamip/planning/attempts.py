@@ -46,6 +46,9 @@ class Prepared(Context):
         steps: Units per alignment step of every group (groups,).
         ladder: Losses at every width that a plan may choose; None where no program needs them.
         curves: The measured losses that the ladder was made from.
+        emptiable: Groups whose losses without any unit were measured.
+        emptied: Groups of which every plan keeps no unit.
+        emptied_loss: Measured loss without them.
     """
 
     scores: Scores
@@ -53,6 +56,36 @@ class Prepared(Context):
     steps: Ints
     ladder: Ladder | None
     curves: tuple[Sensitivity, ...] = ()
+    emptiable: frozenset[int] = frozenset()
+    emptied: frozenset[int] = frozenset()
+    emptied_loss: float = 0.0
+
+    def rungs(self, curves: tuple[Sensitivity, ...], steps: Ints) -> Ladder:
+        """List the widths that a plan may choose for each group, with their losses.
+
+        Args:
+            curves: Losses of every group.
+            steps: Units per alignment step of every group (groups,).
+
+        Returns:
+            The levels of the budget program.
+        """
+        return width_losses.rungs(
+            self.coupling, curves, steps, self.constraints.floor, self.emptied
+        )
+
+    def without(self, groups: frozenset[int], loss: float) -> Prepared:
+        """Leave groups without units in every plan.
+
+        Args:
+            groups: All emptied groups.
+            loss: Measured loss without them.
+
+        Returns:
+            The same with other levels.
+        """
+        emptied = replace(self, emptied=groups, emptied_loss=loss)
+        return replace(emptied, ladder=emptied.rungs(self.curves, self.steps))
 
 
 def attempt(
@@ -123,13 +156,12 @@ def losses_around(ready: Prepared, keep: Bools) -> tuple[tuple[Sensitivity, ...]
     Returns:
         The mean losses of every group, and the levels that a program chooses from.
     """
-    around = width_losses.losses_of_groups(ready, ready.scores, keep)
+    around = width_losses.losses_of_groups(ready, ready.scores, keep, emptiable=ready.emptiable)
     curves = tuple(
         Sensitivity(alone.widths, (alone.loss + np.maximum(alone.loss, last.loss)) / 2)
         for alone, last in zip(ready.curves, around, strict=True)
     )
-    floor = ready.constraints.floor
-    return curves, width_losses.rungs(ready.coupling, curves, ready.steps, floor)
+    return curves, ready.rungs(curves, ready.steps)
 
 
 def _attempt(
@@ -204,8 +236,7 @@ def allocate(
             return best
         steps = np.maximum(steps // 2, 1)
         if ladder is not None:
-            floor = ready.constraints.floor
-            ladder = width_losses.rungs(ready.coupling, ready.curves, steps, floor)
+            ladder = ready.rungs(ready.curves, steps)
 
 
 def _allocate(
@@ -260,8 +291,18 @@ def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
     """
     if ready.ladder is None:
         return [None] * len(ready.coupling.groups)
-    rows = zip(ready.ladder.widths, ready.ladder.cost, chosen.widths.tolist(), strict=True)
-    return [float(np.interp(width, widths, cost)) for widths, cost, width in rows]
+    rows = zip(
+        ready.ladder.widths, ready.ladder.cost, ready.curves, chosen.widths.tolist(), strict=True
+    )
+    return [
+        float(np.interp(width, widths, cost)) if width else _emptied_loss(curve)
+        for widths, cost, curve, width in rows
+    ]
+
+
+def _emptied_loss(curve: Sensitivity) -> float | None:
+    """Loss of a group without units; None for one that was not measured so, as it only serves another one."""
+    return float(curve.loss[0]) if curve.widths[0] == 0 else None
 
 
 def adding(ready: Context, chosen: Plan) -> list[str]:

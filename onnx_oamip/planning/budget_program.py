@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -82,7 +82,7 @@ class Ladder:
         most: Upper bound on the sum of ``bounded``.
 
     Raises:
-        ValueError: Widths and losses do not match, or widths are not positive and ascending.
+        ValueError: Widths and losses do not match, or widths are not ascending from 0 or more.
     """
 
     widths: tuple[Ints, ...]
@@ -96,9 +96,9 @@ class Ladder:
                 f"{len(self.widths)} groups have widths, {len(self.cost)} have losses."
             )
         for g, (widths, cost) in enumerate(zip(self.widths, self.cost, strict=True)):
-            if len(widths) == 0 or widths[0] < 1 or (np.diff(widths) <= 0).any():
+            if len(widths) == 0 or widths[0] < 0 or (np.diff(widths) <= 0).any():
                 raise ValueError(
-                    f"group {g} has the widths {widths.tolist()}, expected positive and ascending."
+                    f"group {g} has the widths {widths.tolist()}, expected 0 or more and ascending."
                 )
             if cost.shape != widths.shape or not np.isfinite(cost).all():
                 raise ValueError(
@@ -179,6 +179,7 @@ class LinearisedLimit:
         products: Terms over the axes of the ledger, with non-negative factors.
         constant: Part of the cost that does not depend on widths.
         limit: Upper bound on the constant plus the terms.
+        starts: Share of nodes in the constant, by their names.
 
     Raises:
         ValueError: The constant or the limit is not finite.
@@ -188,12 +189,26 @@ class LinearisedLimit:
     products: Products
     constant: float
     limit: float
+    starts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.constant) and math.isfinite(self.limit)):
             raise ValueError(
                 f"the limit '{self.name}' is {self.limit} with the constant {self.constant}, not finite."
             )
+
+    def without(self, nodes: Iterable[str]) -> LinearisedLimit:
+        """Leave the shares of some nodes out of the constant.
+
+        Args:
+            nodes: Names of nodes that are removed.
+
+        Returns:
+            The limit for a network without them.
+        """
+        removed = set(nodes)
+        saved = sum(cost for name, cost in self.starts.items() if name in removed)
+        return replace(self, constant=self.constant - saved)
 
 
 @dataclass(frozen=True)

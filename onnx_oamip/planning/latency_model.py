@@ -12,7 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from onnx_oamip.graph.external_data import size
 from onnx_oamip.graph.ops import kinds, lookup
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.graph.surgery.rewrite import cut
+from onnx_oamip.planning.budget_program import LinearisedLimit
 from onnx_oamip.verification.latency import (
     WARM_RUNS,
     caller,
@@ -73,6 +74,7 @@ class LatencyModel:
         fitted: Seconds predicted at these widths (levels,).
         error: Largest relative error among them.
         by_node: False if kernels could not be matched to nodes and one rate per MAC was fitted for the whole network.
+        starts: Seconds in ``constant`` that a linear node takes at any width, by its name.
     """
 
     constant: float
@@ -82,6 +84,18 @@ class LatencyModel:
     fitted: Floats
     error: float
     by_node: bool
+    starts: Mapping[str, float] = field(default_factory=dict)
+
+    def limit(self, seconds: float) -> LinearisedLimit:
+        """Make the latency row of the budget program.
+
+        Args:
+            seconds: Upper bound on the predicted seconds.
+
+        Returns:
+            The row.
+        """
+        return LinearisedLimit("latency", self.products, self.constant, seconds, self.starts)
 
     def seconds(self, lengths: Ints) -> float:
         """Predicts the seconds of one run.
@@ -105,7 +119,8 @@ class LatencyModel:
         """
         factor: Array = self.products.factor * ratio
         products = replace(self.products, factor=factor)
-        return replace(self, constant=self.constant * ratio, products=products)
+        starts = {name: seconds * ratio for name, seconds in self.starts.items()}
+        return replace(self, constant=self.constant * ratio, products=products, starts=starts)
 
 
 def profile(
@@ -233,7 +248,7 @@ def fitted(model: Model, coupling: Coupling, measured: Measurement) -> LatencyMo
     macs = _terms_at(costs.macs, lengths)
     activations = _terms_at(carriers, lengths)
     fit_rates = fit if len(measured.walls) > 1 else _proportional
-    constant, per_mac, per_element, by_node = fit_rates(
+    constant, per_mac, per_element, by_node, starts = fit_rates(
         measured.walls, measured.nodes, macs, activations
     )
     predicted = constant + macs @ per_mac + activations @ per_element
@@ -246,6 +261,7 @@ def fitted(model: Model, coupling: Coupling, measured: Measurement) -> LatencyMo
         fitted=predicted,
         error=float(np.abs(predicted / measured.walls - 1).max()),
         by_node=by_node,
+        starts=dict(zip(costs.nodes, starts.tolist(), strict=True)),
     )
 
 
@@ -315,12 +331,14 @@ class Rates(NamedTuple):
         per_mac: Seconds per MAC of each linear node (nodes,).
         per_element: Seconds per element of each node's activation (nodes,).
         by_node: False if all nodes share one rate.
+        starts: Seconds in ``constant`` of each linear node (nodes,).
     """
 
     constant: float
     per_mac: Floats
     per_element: Floats
     by_node: bool
+    starts: Floats
 
 
 def fit(
@@ -351,7 +369,8 @@ def fit(
             macs.sum(axis=1),
             total_activation,
         )
-        return Rates(constant, np.full(n_nodes, per_mac), np.full(n_nodes, per_element), False)
+        rates = np.full(n_nodes, per_mac), np.full(n_nodes, per_element)
+        return Rates(constant, *rates, False, np.zeros(n_nodes))
     coefficients = np.asarray(
         [_solve(walls, nodes[:, n], ones, macs[:, n], activations[:, n]) for n in range(n_nodes)]
     )
@@ -362,6 +381,7 @@ def fit(
         per_mac=coefficients[:, 1],
         per_element=coefficients[:, 2] + per_element,
         by_node=True,
+        starts=coefficients[:, 0],
     )
 
 
@@ -374,11 +394,12 @@ def _proportional(
     """Coefficients from times at one vector of widths: linear nodes by MACs, all other time by activations."""
     if nodes is None or not nodes.any():
         rate = float(walls[0] / max(macs[0].sum(), 1))
-        return Rates(0.0, np.full(macs.shape[1], rate), np.zeros(macs.shape[1]), False)
+        none = np.zeros(macs.shape[1])
+        return Rates(0.0, np.full(macs.shape[1], rate), none, False, none)
     per_mac: Floats = nodes[0] / np.maximum(macs[0], 1)
     rest = max(float(walls[0] - nodes[0].sum()), 0.0)
     rate = rest / max(float(activations[0].sum()), 1.0)
-    return Rates(0.0, per_mac, np.full(macs.shape[1], rate), True)
+    return Rates(0.0, per_mac, np.full(macs.shape[1], rate), True, np.zeros(macs.shape[1]))
 
 
 def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.records import Bools
+from onnx_oamip.graph.emptying import effect_of
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.planning import (
     allocation,
@@ -15,7 +19,7 @@ from onnx_oamip.planning import (
 )
 from onnx_oamip.planning.attempts import Prepared, allocate
 from onnx_oamip.planning.budget_program import LinearisedLimit
-from onnx_oamip.planning.latency_model import profile
+from onnx_oamip.planning.latency_model import LatencyModel, profile
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification.latency import compare_latency
 
@@ -41,25 +45,14 @@ def latency_limit(
     Raises:
         BudgetNotMet: Even the narrowest plan takes longer.
     """
-    assert ready.ladder is not None
     if ready.settings.latency_table is not None:
-        return latency_tables.limit(
-            ready.settings.latency_table, ready.model, ready.coupling, share
-        )
-    table = profile(
-        ready.model,
-        ready.coupling,
-        ready.ladder.widths,
-        ready.samples,
-        device=ready.device,
-        seed=ready.settings.seed,
-    )
-    whole = float(table.measured[0])  # the widest level; what the model fits there may be off
+        return _by_table(ready, ready.settings.latency_table, share)
+    table, whole = _measured(ready)
     target = share
     tried: list[tuple[float, float]] = []  # (target, measured)
 
     def row(target: float) -> LinearisedLimit:
-        return LinearisedLimit("latency", table.products, table.constant, target * whole)
+        return table.limit(target * whole)
 
     for i in range(LATENCY_TRIES):
         chosen = allocate(ready, limit, (row(target),))
@@ -78,6 +71,52 @@ def latency_limit(
             f"of the original's time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
         )
     return row(max(met)[1])
+
+
+def predicted_limit(ready: Prepared, share: float) -> LinearisedLimit:
+    """Make the latency row under which the predicted latency keeps a share of the original's.
+
+    Args:
+        ready: Scores and losses.
+        share: Share of the original's latency.
+
+    Returns:
+        The row, which no measurement of a cut model has corrected.
+    """
+    if ready.settings.latency_table is not None:
+        return _by_table(ready, ready.settings.latency_table, share)
+    table, whole = _measured(ready)
+    return table.limit(share * whole)
+
+
+def _by_table(ready: Prepared, table: str, share: float) -> LinearisedLimit:
+    """The row by the times of a table, without those of the branches that are left out."""
+    effect = effect_of(ready.model, ready.coupling, _without_emptied(ready))
+    removed = (*effect.idle, *effect.biases)
+    return latency_tables.limit(table, ready.model, ready.coupling, share, removed)
+
+
+def _without_emptied(ready: Prepared) -> Bools:
+    """Keep mask (n_units,) of all units but those of emptied groups."""
+    return ~np.isin(ready.coupling.unit_group, sorted(ready.emptied))
+
+
+def _measured(ready: Prepared) -> tuple[LatencyModel, float]:
+    """The fitted times of the network, and the measured ones of the original: what the model fits there may be off."""
+    assert ready.ladder is not None
+    table = profile(
+        ready.model,
+        ready.coupling,
+        ready.ladder.widths,
+        ready.samples,
+        device=ready.device,
+        seed=ready.settings.seed,
+    )
+    widest = float(table.measured[0])
+    if not ready.emptied:
+        return table, widest
+    cut = rewrite.cut(ready.model, ready.coupling, _without_emptied(ready))
+    return table, widest / latency_ratio(ready, cut)
 
 
 def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:

@@ -151,7 +151,9 @@ def dumps(
     return json.dumps(document, indent=2) + "\n"
 
 
-def limit(path: str, model: Model, coupling: Coupling, share: float) -> LinearisedLimit:
+def limit(
+    path: str, model: Model, coupling: Coupling, share: float, removed: Iterable[str] = ()
+) -> LinearisedLimit:
     """Make the latency row of the budget program from a table.
 
     Args:
@@ -159,6 +161,7 @@ def limit(path: str, model: Model, coupling: Coupling, share: float) -> Linearis
         model: The whole model.
         coupling: Its coupling.
         share: Share of the latency to keep.
+        removed: Names of nodes that are removed whatever the widths are.
 
     Returns:
         The limit: the time that the table predicts for a plan is at most this share of that for the whole model.
@@ -169,12 +172,13 @@ def limit(path: str, model: Model, coupling: Coupling, share: float) -> Linearis
     """
     table = load(path, model, coupling)
     whole = table.seconds(ledger(model, coupling).lengths(full_widths(coupling)))
-    if table.constant >= share * whole:
+    row = table.limit(share * whole).without(removed)
+    if row.constant >= row.limit:
         raise BudgetNotMet(
-            f"the `latency` budget cannot be met: by {path}, {table.constant / whole:.2f} of the original's time does "
+            f"the `latency` budget cannot be met: by {path}, {row.constant / whole:.2f} of the original's time does "
             f"not depend on widths, asked for {share}."
         )
-    return LinearisedLimit("latency", table.products, table.constant, share * whole)
+    return row
 
 
 def predicted(path: str, model: Model, coupling: Coupling, widths: Ints) -> float:

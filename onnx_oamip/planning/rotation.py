@@ -172,7 +172,7 @@ def marked(context: Context, plan: Plan) -> Plan:
     narrowed = tuple(
         context.coupling.groups[stream.group].name
         for stream, _ in context.rotation.bases
-        if plan.widths[stream.group] < stream.width
+        if 0 < plan.widths[stream.group] < stream.width
     )
     if not narrowed:
         return plan

@@ -16,6 +16,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.planning import (
     allocation,
     critical_units,
+    emptied_branches,
 )
 from onnx_oamip.planning.attempts import Prepared, allocate, attempt
 from onnx_oamip.planning.budget_program import LinearisedLimit
@@ -41,7 +42,7 @@ def plan(ready: Prepared) -> Plan:
     settings = ready.settings
     measured = settings.size is not None or settings.max_drop is not None
     critical = critical_units.is_asked_for(settings, ready.scores)
-    if measured or critical or settings.effort == "high":
+    if measured or critical or settings.effort == "high" or ready.emptiable:
         found = search(ready)
         meets(ready.settings.budget, ready.before, found.after)
         return found.plan
@@ -81,20 +82,26 @@ def search(ready: Prepared) -> Attempt:
     Raises:
         BudgetNotMet: There is no such plan; the message names the limit that prevents it.
     """
-    limit, extra = _limits(ready)
     if ready.settings.max_drop is not None:
-        return smallest(ready, limit, extra, ready.settings.max_drop)
+        return smallest(ready, *_limits(ready), ready.settings.max_drop)
     if critical_units.is_asked_for(ready.settings, ready.scores):
         return fewest_units(ready)
-    return attempt(ready, limit, extra)
+    if ready.emptiable:
+        return emptied_branches.search(ready, _counted_limits(ready))
+    return attempt(ready, *_limits(ready))
 
 
 def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
     """Limits of the counted budgets, and the linear constraint of a latency budget."""
-    adds = ready.settings.refit != "none" or folds_constants(ready.settings)
-    limit = allocation.limits(
-        ready.settings.budget, ready.before, refit_scope.new_biases(ready.model) if adds else 0
-    )
+    limit = _counted_limits(ready)
     if ready.settings.latency is None:
         return limit, ()
     return limit, (latency_limit(ready, limit, ready.settings.latency),)
+
+
+def _counted_limits(ready: Prepared) -> allocation.Limits:
+    """Limits of the counted budgets."""
+    adds = ready.settings.refit != "none" or folds_constants(ready.settings)
+    return allocation.limits(
+        ready.settings.budget, ready.before, refit_scope.new_biases(ready.model) if adds else 0
+    )

@@ -11,7 +11,8 @@ workers, nor on whether a cluster does the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -101,7 +102,7 @@ def _fits(s: Sensitivity, full: int) -> bool:
         and s.loss.dtype == np.float64
         and s.widths.shape == s.loss.shape == (s.loss.size,)
         and s.loss.size > 0
-        and s.widths[0] > 0
+        and s.widths[0] >= 0
         and (np.diff(s.widths) > 0).all()
         and s.widths[-1] == full
         and np.isfinite(s.loss).all()
@@ -122,6 +123,7 @@ def measure(
     repair: str = "least-squares",
     scheduler: str | None = None,
     around: Bools | None = None,
+    widths: Mapping[int, Ints] = MappingProxyType({}),
     known: Mapping[int, Sensitivity] | None = None,
     receive: Receiver[Sensitivity] | None = None,
 ) -> tuple[Sensitivity, ...]:
@@ -140,6 +142,7 @@ def measure(
         repair: How consumers are repaired, as ``--refit`` says.
         scheduler: Address of a Dask scheduler, in place of ``workers``.
         around: Keep mask (n_units,) of a plan at whose widths all other groups are; None for the original.
+        widths: Widths at which a group is measured, by its number, in place of :func:`levels`.
         known: Losses by the number of the group that need not be measured again.
         receive: Receives the number and the losses of every group as soon as they are measured.
 
@@ -158,6 +161,7 @@ def measure(
     if around is not None:
         plan = background(model, coupling, grams, keep=around, repair=repair)
         whole = replace(whole, around=plan)
+    whole = replace(whole, widths=widths)
     found = _by_group(
         _measure,
         whole,
@@ -234,7 +238,10 @@ def choose(
 
 @dataclass(frozen=True, eq=False)
 class _Whole:
-    """Inputs that the work on every group shares; ``types``: element types of all tensors."""
+    """Inputs that the work on every group shares; ``types``: element types of all tensors.
+
+    ``widths``: widths at which a group is measured, by its number, in place of :func:`levels`.
+    """
 
     model: Model
     coupling: Coupling
@@ -246,6 +253,7 @@ class _Whole:
     repair: str
     margin: float = 0.0
     around: Background | None = None
+    widths: Mapping[int, Ints] = field(default_factory=dict)
 
 
 def _whole(
@@ -297,7 +305,7 @@ def _by_group(
 def _measure(whole: _Whole, job: Job) -> Sensitivity:
     units = whole.coupling.groups[job[0]].units
     removal = np.argsort(whole.orders[0][units], kind="stable")
-    widths = levels(len(units))
+    widths = whole.widths.get(job[0], levels(len(units)))
     if whole.around is None:
         narrowed = [removal[: len(units) - w] for w in widths[:-1]]
         loss = np.append(_losses(whole, job, narrowed), 0.0)  # the original loses nothing

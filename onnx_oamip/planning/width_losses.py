@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ def measure(
     *,
     step: Ints,
     floor: Floats,
+    emptiable: frozenset[int] = frozenset(),
 ) -> tuple[Ladder | None, tuple[Sensitivity, ...]]:
     """Measure the losses of the original model when its units are removed in the order of some scores.
 
@@ -64,13 +65,14 @@ def measure(
         scores: They give the order of removal.
         step: Units per alignment step of every group (groups,).
         floor: Least share of every group (groups,).
+        emptiable: Groups that are measured without any unit as well.
 
     Returns:
         (losses at every width that a plan may choose, losses as measured); (None, ()) where no program needs them.
     """
     if not programmed(context.settings):
         return None, ()
-    curves = losses_of_groups(context, scores)
+    curves = losses_of_groups(context, scores, emptiable=emptiable)
     return rungs(context.coupling, curves, step, floor), curves
 
 
@@ -106,7 +108,12 @@ def _measured(context: Context) -> Samples:
 
 
 def losses_of_groups(
-    context: Context, scores: Scores, around: Bools | None = None
+    context: Context,
+    scores: Scores,
+    around: Bools | None = None,
+    *,
+    emptiable: frozenset[int] = frozenset(),
+    only: Collection[int] | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Measure the losses of all groups, or read them from the cache.
 
@@ -114,6 +121,9 @@ def losses_of_groups(
         context: The original model.
         scores: They give the order of removal.
         around: Keep mask (n_units,) of a plan at whose widths the other groups are; None for the original.
+        emptiable: Groups that are measured without any unit as well.
+        only: Groups that are measured without any unit alone; the losses of all others are then 0. None for all groups
+            at all widths.
 
     Returns:
         The losses of every group.
@@ -133,6 +143,15 @@ def losses_of_groups(
     if around is not None:
         known["around"] = np.flatnonzero(~around).tolist()
     wide = cost.full_widths(coupling)
+    widths = {g: np.append(0, sensitivity.levels(int(wide[g]))) for g in emptiable}
+    others: dict[int, Sensitivity] = {}
+    if only is not None:
+        widths = {g: np.asarray([0, wide[g]], np.int64) for g in only}
+        others = {
+            g: Sensitivity(wide[g : g + 1], np.zeros(1)) for g in range(len(wide)) if g not in only
+        }
+    if widths:
+        known["widths"] = {str(g): at.tolist() for g, at in sorted(widths.items())}
 
     def run() -> tuple[Sensitivity, ...]:
         feeds = [feed for _, feed in samples.batches(context.batch)]
@@ -151,7 +170,8 @@ def losses_of_groups(
             repair=settings.refit,
             scheduler=settings.scheduler,
             around=around,
-            known=dict(unfinished.losses),
+            widths=widths,
+            known={**others, **unfinished.losses},
             receive=unfinished.receive,
         )
         unfinished.close()
@@ -219,6 +239,7 @@ def rungs(
     sensitivities: tuple[Sensitivity, ...],
     step: Ints,
     floor: Floats | float,
+    emptied: Collection[int] = (),
 ) -> Ladder:
     """List the widths that a plan may choose for each group, with their losses.
 
@@ -227,6 +248,7 @@ def rungs(
         sensitivities: Measured losses of every group.
         step: Units per alignment step of every group (groups,).
         floor: Least share of a group, one for all or (groups,).
+        emptied: Groups without units, whose loss is counted elsewhere.
 
     Returns:
         Widths: all multiples of the step from the floor on, and the full width. Losses are interpolated.
@@ -235,13 +257,18 @@ def rungs(
     losses = []
     wide = cost.full_widths(coupling)
     narrow = allocation.least(floor, step, wide)
-    for found, s, first, full in zip(
+    for group, found, s, first, full in zip(
+        range(len(wide)),
         sensitivities,
         step.tolist(),
         narrow.tolist(),
         wide.tolist(),
         strict=True,
     ):
+        if group in emptied:
+            widths.append(np.zeros(1, np.int64))
+            losses.append(np.zeros(1))
+            continue
         every = np.unique(np.append(np.arange(first, full + 1, s), full))
         widths.append(every.astype(np.int64))
         losses.append(interpolate(found, every))
@@ -252,7 +279,7 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
     """Interpolate the losses of a group by a monotone cubic.
 
     Args:
-        found: Losses at the measured widths.
+        found: Losses at the measured widths. That without any unit is no part of the curve.
         widths: Other widths.
 
     Returns:
@@ -262,10 +289,14 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
         Fritsch and Butland, A method for constructing local monotone piecewise cubic interpolants, 1984 (PCHIP of
         scipy).
     """
-    if len(found.widths) == 1:
+    has_units = found.widths > 0
+    if has_units.sum() == 1:
         return np.zeros(len(widths))
     from scipy.interpolate import PchipInterpolator  # brings half of scipy
 
     return np.maximum(
-        np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0
+        np.asarray(
+            PchipInterpolator(found.widths[has_units], found.loss[has_units])(widths), np.float64
+        ),
+        0.0,
     )

@@ -731,9 +731,9 @@ def test_single_level_and_empty_ladders_are_supported() -> None:
 @pytest.mark.parametrize(
     ("widths", "loss", "message"),
     [
-        ([2, 2], [1.0, 0.0], r"widths \[2, 2\], expected positive and ascending"),
-        ([0, 2], [1.0, 0.0], "expected positive"),
-        ([], [], "expected positive"),
+        ([2, 2], [1.0, 0.0], r"widths \[2, 2\], expected 0 or more and ascending"),
+        ([-1, 2], [1.0, 0.0], "expected 0 or more"),
+        ([], [], "expected 0 or more"),
         ([1, 2], [1.0], "expected 2 finite numbers"),
         ([1, 2], [math.nan, 0.0], "expected 2 finite numbers"),
     ],

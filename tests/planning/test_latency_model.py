@@ -184,9 +184,10 @@ def test_fit_recovers_the_rates_behind_the_times() -> None:
     )
     nodes = base + macs * rates + sizes * own
     walls = nodes.sum(axis=1) + 1e-4 + 3e-9 * sizes.sum(axis=1)
-    constant, found, elements, by_node = latency_model.fit(walls, nodes, macs, sizes)
+    constant, found, elements, by_node, starts = latency_model.fit(walls, nodes, macs, sizes)
     assert by_node
     assert constant == pytest.approx(1e-4 + base.sum(), rel=1e-6)
+    assert starts == pytest.approx(base, rel=1e-6)
     assert found == pytest.approx(rates, rel=1e-6, abs=1e-16)
     assert elements == pytest.approx(own + 3e-9, rel=1e-6)
 
@@ -194,7 +195,7 @@ def test_fit_recovers_the_rates_behind_the_times() -> None:
 def test_fit_never_goes_negative() -> None:
     macs = np.asarray([[4e6], [2e6], [1e6]])
     nodes = np.asarray([[1e-4], [2e-4], [3e-4]])  # narrower is slower: no rate explains that
-    constant, rates, elements, _ = latency_model.fit(nodes[:, 0] + 1e-5, nodes, macs, macs / 100)
+    constant, rates, elements, _, _ = latency_model.fit(nodes[:, 0] + 1e-5, nodes, macs, macs / 100)
     assert constant > 0
     assert (rates >= 0).all()
     assert (elements >= 0).all()
@@ -205,7 +206,7 @@ def test_fit_uses_whole_runs_if_kernels_are_unknown() -> None:
     sizes = np.asarray([[2e3, 2e3], [2e3, 1e3], [5e2, 5e2]])
     walls = 1e-4 + 2e-11 * macs.sum(axis=1) + 1e-9 * sizes.sum(axis=1)
     for nodes in (None, np.zeros((3, 2))):
-        constant, rates, elements, by_node = latency_model.fit(walls, nodes, macs, sizes)
+        constant, rates, elements, by_node, _ = latency_model.fit(walls, nodes, macs, sizes)
         assert not by_node
         assert constant + macs @ rates + sizes @ elements == pytest.approx(walls, rel=1e-6)
         assert len(set(rates.tolist())) == 1

@@ -32,6 +32,7 @@ STUDIES = (
     "connections",
     "ablation",
     "mechanisms",
+    "branches",
     "speed",
     "coupling",
     "coverage",
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--larger",
         type=Path,
         metavar="DIR",
-        help="of larger, low_rank, real, mechanisms and recover: what tools.make_larger_models made",
+        help="of larger, low_rank, real, mechanisms, branches and recover: what "
+        "tools.make_larger_models made",
     )
     parser.add_argument(
         "--model", action="append", default=[], help="only this model; may be given more than once"

@@ -50,6 +50,14 @@ TEXT = {
             "with the original, with all of them, each left out, each alone, and none; widths not aligned."
         ),
     ),
+    "branches": (
+        "Branches left out",
+        (
+            "Plans that keep a unit of every group, and plans that may leave out whole branches (`--empty`), at equal "
+            "MACs and at equal measured latency; accuracy in percent, or agreement with the original. `auto` leaves "
+            "out branches under a latency budget only."
+        ),
+    ),
     "importance": (
         "Unit selection",
         "Accuracy in percent with the same share of units kept in every group, by importance and refit.",

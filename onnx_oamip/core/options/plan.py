@@ -40,6 +40,13 @@ class AllocationOptions(Options):
         "as the residual streams of inverted bottlenecks and the heads of attentions: with the default `importance`, "
         "`allocate` and `refit`, in one round.",
     )
+    empty: Literal["auto", "always", "none"] = Field(
+        "auto",
+        description="Remove whole branches that the network can do without where that loses less than narrower "
+        "layers: residual blocks, parallel branches of a Concat, attentions and MLPs of transformer blocks, gates of "
+        "squeeze-and-excitation. With auto only under a `latency` budget, where it pays; always tries it for `macs`, "
+        "`params` and `size` as well; with none every group keeps a unit.",
+    )
 
 
 class RepairOptions(Options):

@@ -1,0 +1,248 @@
+"""Emptied branches: they are left out where that loses less than narrower layers, one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from branch_networks import NETS
+from graphs import build, load, samples
+from onnx import ModelProto, numpy_helper
+
+from onnx_oamip import Settings, apply, plan
+from onnx_oamip.api.prepare import prepare
+from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.records import Array, Ints
+from onnx_oamip.graph.cost import Products
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.planning import calibration_loss, emptied_branches, latency_search, search
+from onnx_oamip.planning.attempts import Prepared, losses
+from onnx_oamip.planning.budget_program import LinearisedLimit
+from onnx_oamip.planning.latency_model import LatencyModel
+from onnx_oamip.repair.mean_folding import fold_means
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.requests import MOMENTS
+
+BLOCKS = """(float[N,6] x) => (float[N,4] y)
+<float[6,12] w0, float[12] b0, float[12,24] wa1, float[24] ba1, float[24,12] wa2, float[12,24] wb1,
+ float[24] bb1, float[24,12] wb2, float[12,4] wy> {
+    a0 = Gemm(x, w0, b0)
+    a = Tanh(a0)
+    p = Gemm(a, wa1, ba1)
+    pr = Relu(p)
+    q = MatMul(pr, wa2)
+    s = Add(a, q)
+    u = Gemm(s, wb1, bb1)
+    ur = Relu(u)
+    v = MatMul(ur, wb2)
+    t = Add(s, v)
+    y = MatMul(t, wy)
+}"""
+"""Two residual blocks."""
+
+
+def _scaled(proto: ModelProto, **factors: float) -> ModelProto:
+    """The model with some weights multiplied."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in factors:
+            value = numpy_helper.to_array(tensor) * np.float32(factors[tensor.name])
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return proto
+
+
+def _data(proto: ModelProto, folder: Path) -> dict[str, Array]:
+    return samples(load(proto, folder), 200)
+
+
+def _ready(proto: ModelProto, folder: Path, **values: object) -> Prepared:
+    asked = {
+        "macs": 0.3,
+        "empty": "always",
+        "align": 1,
+        "device": "cpu",
+        "workers": 1,
+        "outputs": {"y": "values"},
+    }
+    settings = Settings.create(**{**asked, **values})
+    data = _data(proto, folder)
+    onnx.save(proto, folder / "model.onnx")
+    return prepare(folder / "model.onnx", data, settings)
+
+
+def _emptied(ready: Prepared, widths: Array) -> set[str]:
+    return {ready.coupling.groups[g].name for g in np.flatnonzero(widths == 0)}
+
+
+@pytest.fixture
+def weak(tmp_path: Path) -> ModelProto:
+    """Blocks of which the second one adds next to nothing."""
+    return _scaled(build(BLOCKS), wb2=1e-4)
+
+
+def test_branch_without_effect_is_left_out(weak: ModelProto, tmp_path: Path) -> None:
+    ready = _ready(weak, tmp_path)
+    assert {ready.coupling.groups[g].name for g in ready.emptiable} == {"wa1", "wb1"}
+    found = search.search(ready)
+    assert _emptied(ready, found.plan.widths) == {"wb1"}
+    assert found.after.macs <= 0.3 * ready.before.macs
+    # What it saves widens the other layers.
+    plain = search.search(_ready(weak, tmp_path, empty="none"))
+    assert plain.plan.widths.min() > 0
+    others = [g for g, group in enumerate(ready.coupling.groups) if group.name != "wb1"]
+    assert (found.plan.widths[others] >= plain.plan.widths[others]).all()
+    (lost,) = calibration_loss.losses(ready, [found.pruned.proto])
+    assert lost < calibration_loss.losses(ready, [plain.pruned.proto])[0]
+    assert any("1 groups are emptied" in note and "(wb1)" in note for note in found.plan.notes)
+    names = {node.name for node in found.pruned.proto.graph.node}
+    assert len(names) < len(ready.model.nodes)
+    number = next(g for g, group in enumerate(ready.coupling.groups) if group.name == "wb1")
+    assert losses(ready, found.plan)[number] == ready.curves[number].loss[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"empty": "none", "macs": None, "latency": 0.5},
+        {"empty": "auto"},
+        {"floor": 0.1},
+        {"protect": 0.1},
+        {"iterations": 2},
+        {"macs": None, "max_drop": 5.0},
+        {"allocate": "uniform"},
+        {"macs": None, "importance": "oamip"},
+    ],
+    ids=lambda values: next(iter(values)) if len(values) == 1 else "-".join(values),
+)
+def test_branches_stay_where_options_say_so(
+    weak: ModelProto, tmp_path: Path, values: dict[str, object]
+) -> None:
+    settings = Settings.create(**{"macs": 0.6, "empty": "always", **values})
+    if emptied_branches.applies(settings):  # a floor leaves no group to choose from
+        assert not _ready(weak, tmp_path, **values).emptiable
+    else:
+        assert not {"floor", "protect"}.intersection(values)
+
+
+def test_floor_of_one_group_keeps_it(weak: ModelProto, tmp_path: Path) -> None:
+    ready = _ready(weak, tmp_path)
+    floor = np.zeros(len(ready.coupling.groups))
+    floor[max(ready.emptiable)] = 0.1
+    assert emptied_branches.emptiable(ready, floor) == {min(ready.emptiable)}
+
+
+def test_second_branch_is_measured_without_the_first(tmp_path: Path) -> None:
+    """Two blocks whose losses do not add up: both add the same, of which the output shows the signs."""
+    proto = build(BLOCKS)
+    weights = {t.name: t for t in proto.graph.initializer}
+    for first, second in (("wa1", "wb1"), ("ba1", "bb1"), ("wa2", "wb2")):
+        value = numpy_helper.to_array(weights[first]).copy()
+        if first == "wa1":
+            value[6:] = 0  # neither reads what they add to
+        if first == "wa2":
+            value[:, :6] = 0
+            value *= 20
+        for name in (first, second):
+            weights[name].CopyFrom(numpy_helper.from_array(value, name))
+    last = proto.graph.node[-1]
+    last.input[0] = "bounded"
+    tanh = onnx.helper.make_node("Tanh", ["t"], ["bounded"])
+    proto.graph.node.insert(len(proto.graph.node) - 1, tanh)
+    ready = _ready(proto, tmp_path)
+    one, two = sorted(ready.emptiable)
+    alone = emptied_branches._losses(ready, ready.emptiable)
+    without_first = ready.without(frozenset({one}), alone[one])
+    both = emptied_branches._losses(without_first, frozenset({two}))[two]
+    assert abs(both - alone[one] - alone[two]) > 0.1
+    # The same by a model without both, whose constants are the means of the branches.
+    keep = ~np.isin(ready.coupling.unit_group, [one, two])
+    cut = rewrite.cut(ready.model, ready.coupling, keep)
+    means = collect(ready, {MOMENTS})
+    folded = fold_means(ready.model, ready.coupling, keep, means, cut)
+    assert calibration_loss.losses(ready, [folded.proto]) == [pytest.approx(both, rel=0.02)]
+
+
+def test_plan_with_all_branches_stays_where_it_loses_less(
+    weak: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = _ready(weak, tmp_path)
+    found = iter((0.1, 0.2))
+
+    def measured(_: object, protos: Sequence[ModelProto]) -> list[float]:
+        return [next(found)] if len(protos) == 1 else [0.0, *(1.0 for _ in protos[1:])]
+
+    monkeypatch.setattr(calibration_loss, "losses", measured)
+    kept = search.search(ready)
+    assert kept.plan.widths.min() > 0
+    assert next(found, None) is None, "a plan without a branch was tried"
+
+
+def test_nodes_that_are_removed_take_no_time() -> None:
+    row = LinearisedLimit(
+        "latency",
+        Products(np.ones(0, np.int64), np.zeros((0, 1), np.int64)),
+        5.0,
+        6.0,
+        {"a": 2.0, "b": 1.0},
+    )
+    assert row.without(["a", "c"]).constant == 3.0
+    assert row.without([]).constant == 5.0
+
+
+def test_latency_that_needs_a_branch_less_is_met(
+    weak: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that take their time at any width."""
+    ready = _ready(weak, tmp_path, macs=None, latency=0.7, empty="auto")
+    row = LinearisedLimit("latency", ready.ledger.macs, 0.0, 1e9)
+
+    def limit(given: Prepared, *_: object) -> LinearisedLimit:
+        if not given.emptied:
+            raise BudgetNotMet("too slow")
+        return row
+
+    monkeypatch.setattr(emptied_branches, "latency_limit", limit)
+    monkeypatch.setattr(emptied_branches, "predicted_limit", lambda *_: row)
+    found = search.search(ready)
+    assert _emptied(ready, found.plan.widths) == {"wb1"}
+    assert any("meets a budget that it missed" in note for note in found.plan.notes)
+    monkeypatch.setattr(emptied_branches, "ROUNDS", {"normal": 0})
+    with pytest.raises(BudgetNotMet, match="too slow"):
+        search.search(ready)
+
+
+def test_latency_without_a_branch_is_a_share_of_that_of_the_original(
+    weak: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = _ready(weak, tmp_path, macs=None, latency=0.9)
+    one_less = ready.without(frozenset({max(ready.emptiable)}), 0.0)
+    seconds = {False: 4.0, True: 1.0}  # by whether a branch is left out
+
+    def profile(_: object, __: object, ladder: Sequence[Ints], *___: object, **____: object) -> Any:
+        widest = np.asarray([[widths[-1] for widths in ladder]])
+        measured = np.asarray([seconds[bool((widest == 0).any())]])
+        return LatencyModel(0.0, ready.ledger.macs, widest, measured, measured, 0.0, True)
+
+    monkeypatch.setattr(latency_search, "profile", profile)
+    monkeypatch.setattr(latency_search, "latency_ratio", lambda *_: 0.2)
+    assert latency_search.predicted_limit(ready, 0.9).limit == pytest.approx(0.9 * 4.0)
+    assert latency_search.predicted_limit(one_less, 0.9).limit == pytest.approx(0.9 * 1.0 / 0.2)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_plan_file_with_emptied_groups_is_applied(name: str, tmp_path: Path) -> None:
+    proto = build(NETS[name], opset=20)
+    data = _data(proto, tmp_path)
+    made = plan(proto, data=data, macs=0.9, empty="none", align=1, cache="off")
+    content = json.loads(made.text)
+    group = content["groups"][-1]
+    group.update(keep=[], kept=0)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    report = apply(proto, path, data=data).report
+    assert report.plan.widths[-1] == 0
+    assert report.after.macs <= report.plan.predicted.macs
