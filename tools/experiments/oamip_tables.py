@@ -26,7 +26,7 @@ from . import data, main_table, page, studies
 from .case import Case, open_case
 from .cells import Record, Records
 from .data import Dataset
-from .protocol import FINE_TUNE, QUICK, Protocol
+from .protocol import DATA, FINE_TUNE, QUICK, Protocol
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        sets = {name: data.load(name, getattr(chosen, name)) for name in data.TITLES}
+        sets = {name: data.load(name, getattr(chosen, name)) for name in DATA}
     except data.Missing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

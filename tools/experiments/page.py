@@ -117,7 +117,7 @@ def _head(protocol: Protocol, found: Found) -> str:
         f"{n.title} ({'-'.join(map(str, n.widths))}): below {n.threshold:g}"
         for n in NETWORKS.values()
     )
-    sources = ", ".join(f"{TITLES[k]} from {v}" for k, v in SOURCES.items())
+    sources = ", ".join(f"{TITLES[k]} from {SOURCES[k]}" for k in protocol.data)
     return f"""# OAMIP's published protocol on MNIST and Fashion-MNIST
 
 Every number on this page was measured by `python -m tools.experiments.oamip_tables`, which wrote the page as well;

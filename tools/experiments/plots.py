@@ -150,7 +150,7 @@ def _weights(protocol: Protocol, found: dict[str, Records]) -> Any:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
     marks = dict(zip(NETWORKS, "os^", strict=True))
-    colours = dict(zip(TITLES, (COLOURS["paper"], COLOURS["critical"]), strict=True))
+    colours = dict(zip(protocol.data, (COLOURS["paper"], COLOURS["critical"]), strict=True))
     for network, name in pairs(protocol):
         (record,) = of(found["weights"], network, name)
         reference = of(found["main"], network, name)[0]["reference"]
