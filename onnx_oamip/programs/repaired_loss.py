@@ -16,7 +16,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.perspective import Perspective, relaxed_energy
-from onnx_oamip.programs.semidefinite import Lifted, Removal, normalised
+from onnx_oamip.programs.semidefinite import Lifted, Removal, evaluation_flops, normalised
 from onnx_oamip.programs.subset import STEP_OVERHEAD, Loss
 
 RELATIVE_TOLERANCE = 1e-9
@@ -93,6 +93,11 @@ class Repaired(Loss):
                 np.add.at(square, part.unit, part.evaluate(keep).worth / consumer.scale)
             keep = _shares(np.sqrt(square), free, count)
         return keep
+
+    def plane_flops(self, units: int) -> float:
+        """Estimate the operations of the semidefinite relaxation."""
+        columns = [(c, units * c.columns.shape[1]) for c in self.consumers]
+        return evaluation_flops(units, [(min(len(c.weight), d), d) for c, d in columns])
 
     def between(self, free: Bools, kept: Bools) -> Lifted:
         """Restrict the semidefinite relaxation."""

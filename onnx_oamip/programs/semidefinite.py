@@ -124,6 +124,20 @@ def normalised(inverse: Floats, fit: Floats) -> Removal:
     return Removal(inverse / np.outer(size, size), fit)
 
 
+def evaluation_flops(units: int, shapes: Sequence[tuple[int, ...]]) -> float:
+    """Estimate the operations of one evaluation.
+
+    Args:
+        units: Number of undecided units.
+        shapes: Rows and columns of V of every consumer.
+
+    Returns:
+        Approximate number of floating-point operations.
+    """
+    consumers = sum(d**3 + 4.0 * rows * d**2 for rows, d in shapes)
+    return STEP_OVERHEAD + 5.0 * units**3 + consumers
+
+
 @dataclass(frozen=True, eq=False)
 class _State:
     """Point of the relaxation.
@@ -158,12 +172,8 @@ class Lifted(Relaxation):
     @property
     def flops(self) -> float:
         """Approximate floating-point operations of one evaluation."""
-        n = int((self.free & ~self.kept).sum())
-        total = STEP_OVERHEAD + 5.0 * n**3
-        for removal in self.removals:
-            rows, d = removal.fit.shape
-            total += d**3 + 4.0 * rows * d**2
-        return total
+        undecided = int((self.free & ~self.kept).sum())
+        return evaluation_flops(undecided, [removal.fit.shape for removal in self.removals])
 
     def between(self, free: Bools, kept: Bools) -> Lifted:
         """Restrict the relaxation: the columns of removed units are swept out, those of kept ones left out.

@@ -70,11 +70,6 @@ class Plane:
 class Relaxation(Protocol):
     """A relaxation of the loss for the sets that contain some units and no others than some."""
 
-    @property
-    def flops(self) -> float:
-        """Approximate floating-point operations of one step of the search for a plane."""
-        ...
-
     def plane(self, count: int, flops: float, start: Plane | None) -> Plane:
         """Find a plane below the losses of the sets that is high where it is lowest.
 
@@ -126,6 +121,17 @@ class Loss(Protocol):
 
         Returns:
             Keep variables in [0, 1] (units,).
+        """
+        ...
+
+    def plane_flops(self, units: int) -> float:
+        """Estimate the operations of one step of the search for a plane.
+
+        Args:
+            units: Number of undecided units.
+
+        Returns:
+            Approximate number of floating-point operations.
         """
         ...
 
@@ -241,6 +247,10 @@ class Quadratic(Loss):
         joint = self.matrix @ (~keep).astype(np.float64)
         return np.where(keep, np.diagonal(self.matrix) + 2 * joint, 0.0)
 
+    def plane_flops(self, units: int) -> float:  # noqa: ARG002
+        """Estimate the operations by those of all units."""
+        return self.flops
+
     def between(self, free: Bools, kept: Bools) -> QuadraticRelaxation:
         """Keep the split of the diagonal, which holds for all sets."""
         return QuadraticRelaxation(self, free, kept)
@@ -305,22 +315,17 @@ class QuadraticRelaxation(Relaxation):
     free: Bools
     kept: Bools
 
-    @property
-    def flops(self) -> float:
-        """Approximate floating-point operations of one step."""
-        return self.loss.flops
-
     def plane(self, count: int, flops: float, start: Plane | None) -> Plane:
         """Compute the tangent plane at a point near the optimum; more nodes prove more than more steps."""
         steps = 1
         origin = np.zeros(len(self.free))
         if start is None:
-            steps = int(min(FIRST_STEPS, max(1, flops / self.flops)))
+            steps = int(min(FIRST_STEPS, max(1, flops / self.loss.flops)))
         else:
             origin = start.keep
         keep = self.loss.descend(self.free, self.kept, count, steps, origin)
         found = tangent_plane(self.loss, keep)
-        return replace(found, flops=(steps + 1) * self.flops)
+        return replace(found, flops=(steps + 1) * self.loss.flops)
 
 
 def tangent_plane(loss: Loss, at: Floats) -> Plane:

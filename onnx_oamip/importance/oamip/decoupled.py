@@ -421,11 +421,11 @@ def _improve(
     bound = 0.0
     last: Solution | None = None
     none = np.zeros(len(free), bool)
-    relaxation = loss.between(free, none)
     root: Plane | None = None
     spent = 0.0
-    if flops >= MIN_STEPS * relaxation.flops and time.perf_counter() < deadline:
-        root = relaxation.plane(best.count, flops, None)
+    needed = MIN_STEPS * loss.plane_flops(int(free.sum()))
+    if flops >= needed and time.perf_counter() < deadline:
+        root = loss.between(free, none).plane(best.count, flops, None)
         spent += root.flops
         best.offer(root.keep)
         subset.bound(root)
