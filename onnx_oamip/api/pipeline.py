@@ -42,6 +42,7 @@ from onnx_oamip.importance import find
 from onnx_oamip.planning import (
     attempts,
     execution,
+    factoring,
     iterative,
     recorded_answers,
     rotation,
@@ -447,6 +448,9 @@ def applied(
     ready = preparing.open_for_plan(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
+    if weights := plan_files.factored_weights(found):
+        with clock("factor"):
+            ready = factoring.of_weights(ready, weights, name)
     matched = plan_files.match_units(found, *ready.in_file, name)
     chosen = plan_files.to_plan(found, matched, ready.coupling, ready.ledger)
     if chosen.rotated:

@@ -48,6 +48,7 @@ from onnx_oamip.planning import (
     drop_search,
     emptied_branches,
     execution,
+    factoring,
     idle_branches,
     iterative,
     latency_tables,
@@ -105,7 +106,7 @@ def prepare(
     if rotation.applies(settings):
         if scores is None:
             with context.clock("rotate"):
-                context = rotation.rotate(context)
+                context = factoring.in_components(context)
         else:
             context = rotation.without_rotation(context, "the file of scores names channels")
     if scores is None:
@@ -243,6 +244,7 @@ def _steps(context: Context) -> Any:
             "align": settings.align,
             "device": device,
             "exclude": settings.exclude,
+            "factored": context.cache_identity.get("factored"),
         },
         lambda: allocation.steps(model, coupling, settings.align, device),
         lambda found: (
@@ -285,6 +287,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     elif not scored:
         _check_amount(settings)
     critical_units.check(settings)
+    factoring.check(settings, scored)
     if settings.draws > 1 and (scored or not method.requests(settings)):
         raise SettingsError(
             "`draws` scores on several draws of the samples, and here no sample is read for scores; leave it out."

@@ -185,7 +185,11 @@ def _measured_latency(ready: Context, result: Attempt) -> Latency:
     share = _share_of_work(ready, result)
     for seconds in durations:
         ratio = compare_latency(
-            ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds
+            ready.unfactored.proto,
+            result.pruned.proto,
+            ready.samples,
+            ready.device,
+            seconds=seconds,
         )
         found = described(ratio, share=share)
         is_clear = found.high < 1 or budget is not None

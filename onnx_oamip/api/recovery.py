@@ -20,7 +20,7 @@ from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.data.sources import File, Source, samples_of, source_name
-from onnx_oamip.graph import default_inputs, op_libraries
+from onnx_oamip.graph import default_inputs, low_rank, op_libraries
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import ModelSource
@@ -185,8 +185,13 @@ def planned_units(
     """
     if plan_file is None:
         return None, None
+    found = plan_files.load(plan_file)
+    weights = plan_files.factored_weights(found)
+    if weights:
+        places = [place for place in low_rank.candidates(original) if place.weight in weights]
+        original = low_rank.factored(original, places)
     coupling = couple(original)
-    matched = plan_files.match_units(plan_files.load(plan_file), original, coupling, plan_file)
+    matched = plan_files.match_units(found, original, coupling, plan_file)
     keep = matched.keep
     entry = provenance.read(pruned.proto)
     if entry is not None and entry.get("plan_sha256") != plan_files.digest(

@@ -47,6 +47,7 @@ from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.core.version import __version__
 from onnx_oamip.graph.cost import Ledger
 from onnx_oamip.graph.emptying import effect_of, emptied_groups
+from onnx_oamip.graph.low_rank import SUFFIX
 
 SCHEMA_VERSION = 1
 IN_MEMORY = "(plan)"
@@ -258,6 +259,7 @@ def _group_entry(
         "kept": len(kept),
         "loss": loss,
         "rotated": group.name in plan.rotated,
+        "factored": group.name in plan.factored,
         "axes": axes,
         "keep": kept.tolist(),
     }
@@ -347,11 +349,13 @@ class MatchedUnits(NamedTuple):
         keep: Kept units (n_units,).
         notes: Remarks on the way in which groups were matched.
         rotated: Names of the model's groups whose units are principal components.
+        factored: Names of the groups whose units are ranks of factored layers.
     """
 
     keep: Bools
     notes: tuple[str, ...]
     rotated: tuple[str, ...] = ()
+    factored: tuple[str, ...] = ()
 
 
 class _MatchedGroups(NamedTuple):
@@ -387,6 +391,7 @@ def match_units(
     notes = matched.notes
     named: set[str] = set()
     rotated: list[str] = []
+    factored: list[str] = []
     for entry, group in matched.pairs:
         if entry.name in named:
             raise DataError(f"{path} names the group '{entry.name}' twice; {_REMEDY}.")
@@ -402,12 +407,14 @@ def match_units(
         keep[_numbered_units(model, coupling, group)] = kept
         if entry.rotated:
             rotated.append(group.name)
+        if entry.factored:
+            factored.append(group.name)
     _check_emptied(keep, model, coupling, path)
     unnamed = [group.name for group in coupling.groups if group.name not in named]
     if unnamed and len(matched.pairs) != len(coupling.groups):
         listed = ", ".join(unnamed[:MAX_LISTED_GROUPS])
         notes.append(f"the plan does not name {len(unnamed)} groups, which stay whole: {listed}")
-    return MatchedUnits(keep, tuple(notes), tuple(rotated))
+    return MatchedUnits(keep, tuple(notes), tuple(rotated), tuple(factored))
 
 
 def _check_emptied(
@@ -494,7 +501,21 @@ def to_plan(
         tuple({"seconds": None, **program} for program in stored.programs),
         (*stored.notes, *matched.notes),
         matched.rotated,
+        matched.factored,
     )
+
+
+def factored_weights(plan: PlanFile) -> tuple[str, ...]:
+    """List the layers that a plan writes as two.
+
+    Args:
+        plan: Content of a plan file.
+
+    Returns:
+        Names of their weights.
+    """
+    tensors = (axis.tensor for entry in plan.groups if entry.factored for axis in entry.axes)
+    return tuple(name.removesuffix(SUFFIX) for name in tensors if name.endswith(SUFFIX))
 
 
 def topology(model: Model) -> str:

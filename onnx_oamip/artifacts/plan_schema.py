@@ -42,7 +42,8 @@ class GroupEntry(_Record):
     """The kept units of one group.
 
     ``loss`` is the measured loss of the model with only this group at that width. Units of a group that is ``rotated``
-    are principal components of its channels, the largest first. A group that is emptied keeps none.
+    are principal components of its channels, the largest first. A group that is ``factored`` has the ranks of a layer
+    that is written as two. A group that is emptied keeps none.
     """
 
     name: str
@@ -50,6 +51,7 @@ class GroupEntry(_Record):
     kept: int = Field(ge=0)
     loss: float | None = None
     rotated: bool = False
+    factored: bool = False
     axes: tuple[AxisEntry, ...] = Field(min_length=1)
     keep: tuple[int, ...]
 

@@ -21,6 +21,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.planning import (
     allocation,
     calibration_loss,
+    factoring,
     rotation,
     width_losses,
 )
@@ -71,7 +72,12 @@ class Prepared(Context):
             The levels of the budget program.
         """
         return width_losses.rungs(
-            self.coupling, curves, steps, self.constraints.floor, self.emptied
+            self.coupling,
+            curves,
+            steps,
+            self.constraints.floor,
+            self.emptied,
+            most=self.widest,
         )
 
     def without(self, groups: frozenset[int], loss: float) -> Prepared:
@@ -257,7 +263,7 @@ def _allocate(
         extra=extra,
         floor=ready.constraints.floor,
     )
-    return rotation.marked(ready, found)
+    return factoring.marked(ready, rotation.marked(ready, found))
 
 
 def _used(

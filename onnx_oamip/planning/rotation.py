@@ -90,14 +90,14 @@ def rotate(context: Context) -> Context:
     if not usable:
         return context
     turned = linear_streams.rotated(context.model, usable)
-    distance = _distance(context, model, turned)
-    if not distance <= equivalence.tolerance(model):
-        reason = f"the model in principal components differs by {distance:.2e} of an output's scale"
+    apart = distance(context, model, turned)
+    if not apart <= equivalence.tolerance(model):
+        reason = f"the model in principal components differs by {apart:.2e} of an output's scale"
         return _noted(context, len(usable), reason)
     return replace(
         context,
         model=turned,
-        rotation=Rotation(context.model, usable, distance),
+        rotation=Rotation(context.model, usable, apart),
         cache_identity=_identity(context, turned),
         collected=Collected(),
     )
@@ -176,8 +176,12 @@ def marked(context: Context, plan: Plan) -> Plan:
     )
     if not narrowed:
         return plan
+    ranks = () if context.factoring is None else context.factoring.groups
+    streams = len(set(narrowed) - set(ranks))
+    if not streams:
+        return replace(plan, rotated=narrowed)
     note = (
-        f"{len(narrowed)} groups between linear layers keep principal components in place of channels; before pruning, "
+        f"{streams} groups between linear layers keep principal components in place of channels; before pruning, "
         f"that changes outputs by {context.rotation.distance:.1e} of their scale"
     )
     return replace(plan, rotated=narrowed, notes=(*plan.notes, note))
@@ -295,8 +299,17 @@ def _is_finite(basis: Basis) -> bool:
     return bool(np.isfinite(basis.forward).all() and np.isfinite(basis.inverse).all())
 
 
-def _distance(context: Context, original: Model, turned: Model) -> float:
-    """Largest difference of an output of two models, as a share of its scale."""
+def distance(context: Context, original: Model, turned: Model) -> float:
+    """Measure the largest difference of an output of two models on a few samples.
+
+    Args:
+        context: Context with the samples.
+        original: A model.
+        turned: A model that should compute the same.
+
+    Returns:
+        The difference as a share of the scale of the output.
+    """
     few = context.samples.take(np.arange(min(CHECKED, context.samples.count)))
     first, second = (
         Session(model.proto, "cpu", what=model.path, exact=True) for model in (original, turned)

@@ -73,7 +73,7 @@ def measure(
     if not programmed(context.settings):
         return None, ()
     curves = losses_of_groups(context, scores, emptiable=emptiable)
-    return rungs(context.coupling, curves, step, floor), curves
+    return rungs(context.coupling, curves, step, floor, most=context.widest), curves
 
 
 def note(context: Context) -> str:
@@ -240,6 +240,8 @@ def rungs(
     step: Ints,
     floor: Floats | float,
     emptied: Collection[int] = (),
+    *,
+    most: Ints | None = None,
 ) -> Ladder:
     """List the widths that a plan may choose for each group, with their losses.
 
@@ -249,27 +251,29 @@ def rungs(
         step: Units per alignment step of every group (groups,).
         floor: Least share of a group, one for all or (groups,).
         emptied: Groups without units, whose loss is counted elsewhere.
+        most: Widest width of every group (groups,); the full one where it is None.
 
     Returns:
-        Widths: all multiples of the step from the floor on, and the full width. Losses are interpolated.
+        Widths: all multiples of the step from the floor on, and the widest. Losses are interpolated.
     """
     widths = []
     losses = []
     wide = cost.full_widths(coupling)
-    narrow = allocation.least(floor, step, wide)
-    for group, found, s, first, full in zip(
+    widest = wide if most is None else most
+    narrow = np.minimum(allocation.least(floor, step, wide), widest)
+    for group, found, s, first, last in zip(
         range(len(wide)),
         sensitivities,
         step.tolist(),
         narrow.tolist(),
-        wide.tolist(),
+        widest.tolist(),
         strict=True,
     ):
         if group in emptied:
             widths.append(np.zeros(1, np.int64))
             losses.append(np.zeros(1))
             continue
-        every = np.unique(np.append(np.arange(first, full + 1, s), full))
+        every = np.unique(np.append(np.arange(first, last + 1, s), last))
         widths.append(every.astype(np.int64))
         losses.append(interpolate(found, every))
     return Ladder(tuple(widths), tuple(losses))

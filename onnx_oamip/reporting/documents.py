@@ -84,6 +84,7 @@ def document(report: Report) -> Document:
                 "kept": int(width),
                 "level": int(width) / len(group.units),
                 "rotated": group.name in report.plan.rotated,
+                "factored": group.name in report.plan.factored,
                 "emptied": int(width) == 0,
                 "score": _summary(values[group.units]),
             }
@@ -219,6 +220,7 @@ def planning(found: Planned) -> Document:
                 "kept": width,
                 "level": width / units,
                 "rotated": group.name in found.plan.rotated,
+                "factored": group.name in found.plan.factored,
                 "emptied": width == 0,
                 "score": score,
             }

@@ -16,6 +16,7 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Cost,
     Coupling,
+    Ints,
     Model,
     Objective,
     Request,
@@ -47,6 +48,23 @@ class Rotation:
 
 
 @dataclass(frozen=True, eq=False)
+class Factoring:
+    """Layers of a model that are written as two.
+
+    Attributes:
+        original: The model with these layers as in its file.
+        before: Its cost.
+        groups: Names of the groups whose units are the ranks of these layers.
+        most: Widest width that a plan may choose (groups,): for ranks, that at which two layers cost less than one.
+    """
+
+    original: Model
+    before: Cost
+    groups: tuple[str, ...]
+    most: Ints
+
+
+@dataclass(frozen=True, eq=False)
 class Context:
     """A loaded model with its samples, settings and resources.
 
@@ -68,6 +86,7 @@ class Context:
         clock: Seconds by stage.
         whole: The model of the file, where branches that all samples take stand in ``model``; else None.
         rotation: The streams of ``model`` in another basis than in the file, or None.
+        factoring: The layers of ``model`` that are two in place of one in the file, or None.
         collected: Statistics that this run collected already (see ``collector.collect``).
     """
 
@@ -86,12 +105,23 @@ class Context:
     clock: Clock = field(default_factory=Clock)
     whole: Whole | None = None
     rotation: Rotation | None = None
+    factoring: Factoring | None = None
     collected: Collected = field(default_factory=lambda: Collected())
 
     @cached_property
     def ledger(self) -> cost.Ledger:
         """Costs of the model at any widths of its groups."""
         return cost.ledger(self.model, self.coupling)
+
+    @property
+    def unfactored(self) -> Model:
+        """The model with as many layers as in its file."""
+        return self.model if self.factoring is None else self.factoring.original
+
+    @property
+    def widest(self) -> Ints:
+        """Widest width of every group that a plan may choose (groups,)."""
+        return cost.full_widths(self.coupling) if self.factoring is None else self.factoring.most
 
     @property
     def in_file(self) -> tuple[Model, Coupling]:
@@ -103,6 +133,8 @@ class Context:
     @cached_property
     def before(self) -> Cost:
         """Cost of the whole model, with the bytes of its file."""
+        if self.factoring is not None:
+            return self.factoring.before
         whole = self.ledger.cost(cost.full_widths(self.coupling))
         return replace(whole, bytes=self.model.file_bytes)
 

@@ -270,7 +270,16 @@ def test_prune_document_lists_groups_and_skipped_axes(pruned: Pruned) -> None:
     groups = pruned.document["groups"]
     assert [(g["name"], g["units"]) for g in groups] == [("fc1.weight", 300), ("fc2.weight", 100)]
     for group in groups:
-        assert set(group) == {"name", "units", "kept", "level", "rotated", "emptied", "score"}
+        assert set(group) == {
+            "name",
+            "units",
+            "kept",
+            "level",
+            "rotated",
+            "factored",
+            "emptied",
+            "score",
+        }
         assert group["level"] == group["kept"] / group["units"]
         assert group["score"]["min"] <= group["score"]["mean"] <= group["score"]["max"]
     skipped = pruned.document["skipped"]

@@ -238,7 +238,7 @@ def test_stream_that_cannot_be_rotated_is_noted(
     monkeypatch.setattr(rotation, "_is_finite", lambda _: False)
     assert "not finite" in note(rotation.rotate(context))
     monkeypatch.undo()
-    monkeypatch.setattr(rotation, "_distance", lambda *_: 1.0)
+    monkeypatch.setattr(rotation, "distance", lambda *_: 1.0)
     assert "differs by 1.00e+00" in note(rotation.rotate(context))
 
 

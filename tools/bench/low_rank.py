@@ -9,7 +9,8 @@ no fit has used, with one layer changed at a time.
 ``low_rank`` has one row per layer: the loss at a rank over the least loss of a group that the layer reads or writes,
 narrowed until the model saves the same MACs. ``low_rank-gain`` has one row per network and budget: the loss that the
 budget program predicts with widths alone, and with ranks as a further choice. As losses of single changes are added
-up, that gain is an upper estimate of what a program with ranks could win.
+up, that gain is an upper estimate of what a program with ranks could win. Beside it are the accuracy and the divergence
+of pruned networks without and with ``--factor auto``, for the networks of the repository.
 
 Layers with less than a hundredth of the MACs are left out. ``--larger DIR``, see ``larger``, adds EfficientNet-Lite0.
 """
@@ -17,7 +18,7 @@ Layers with less than a hundredth of the MACs are left out. ``--larger DIR``, se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,18 @@ from onnx_oamip.api import prepare
 from onnx_oamip.core.records import Axis, Budget, Floats, Gram, Ints, Model, Sensitivity
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.feeds import all_feeds
-from onnx_oamip.graph import cost
+from onnx_oamip.graph import cost, low_rank
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.graph.linear_layers import matrix, site, unmatrix
+from onnx_oamip.graph.linear_layers import matrix, unmatrix
 from onnx_oamip.graph.loading import remade
 from onnx_oamip.graph.ops.matrix_view import Site
-from onnx_oamip.planning import allocation, budget_program, sensitivity, width_losses
+from onnx_oamip.planning import allocation, budget_program, search, sensitivity, width_losses
 from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.statistics import stream_moments, workload
 from onnx_oamip.statistics.collector import parts
 from onnx_oamip.statistics.stream_moments import StreamMoments
 
-from .larger import absent
+from .larger import Bench, absent
 from .studies import MODELS, Resumable, Row, paths
 
 STUDY = "low_rank"
@@ -54,6 +55,8 @@ BETTER, ABOVE = 0.9, 1e-5
 """A rank loses less than a width if its loss is below this share of the width's, which is itself above the second."""
 DAMPING = 1e-6
 """Share of the plain matrix in the one whose components are taken: directions that no sample shows keep their order."""
+PRICES = 20
+"""Steps of the search for the price of a MAC."""
 ROWS = 65536
 """Rows that a covariance counts as computed from: enough for no shrinkage."""
 SCALE = "x 1000"
@@ -77,6 +80,10 @@ GAINS = (
     f"with ranks {SCALE}",
     "factored",
     "gain %",
+    "accuracy",
+    "accuracy factored",
+    f"divergence {SCALE}",
+    f"divergence {SCALE} factored",
 )
 
 
@@ -93,7 +100,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None =
         found = measured(name, larger, seed)
         rows = [found.row(layer) for layer in found.layers]
         study.measure({"model": name}, len(rows), rows)
-        gains.measure({"model": name}, len(BUDGETS), [found.gain(b, rows) for b in BUDGETS])
+        pruned = _pruned(name, seed) if name in MODELS and found.layers else {}
+        gained = [found.gain(b, rows) | pruned.get(b, {}) for b in BUDGETS]
+        gains.measure({"model": name}, len(BUDGETS), gained)
     gains.save()
     return study.save()
 
@@ -243,17 +252,16 @@ class _Search:
         while self._macs(widths, ranks) > self.limit:
             low, high = high, 8 * high
             widths, ranks = self._descend(start, high, with_ranks)
-        result = self._result(widths, ranks)
-        for _ in range(30):
-            price = (low + high) / 2 if low == 0 else np.sqrt(low * high)
+        found = widths, ranks
+        for _ in range(PRICES):
+            price = high / 8 if low == 0 else float(np.sqrt(low * high))
             widths, ranks = self._descend(start, price, with_ranks)
             if self._macs(widths, ranks) > self.limit:
                 low = price
             else:
-                high = price
-                self._fill(widths, ranks, with_ranks)
-                result = min(result, self._result(widths, ranks))
-        return result
+                high, found = price, (widths, ranks)
+        self._fill(*found, with_ranks)
+        return self._result(*found)
 
     def _result(self, widths: Ints, ranks: Ints) -> tuple[float, int]:
         loss = sum(
@@ -334,6 +342,22 @@ class _Search:
             (widths if is_width else ranks)[index] = value
 
 
+def _pruned(name: str, seed: int) -> dict[float, Row]:
+    """Accuracy and divergence without and with factors, by budget."""
+    model, data = paths(name)
+    bench = Bench(name, model.parent, data)
+    found: dict[float, Row] = {budget: {} for budget in BUDGETS}
+    for factor, suffix in (("none", ""), ("auto", " factored")):
+        settings = Settings.create(macs=BUDGETS[0], seed=seed, factor=factor)
+        ready = prepare.prepare(bench.model, bench.data, settings)
+        for budget in BUDGETS:
+            here = replace(ready, settings=settings.model_copy(update={"macs": budget}))
+            row = bench.row(budget, "", search.search(here).pruned.proto)
+            found[budget][f"accuracy{suffix}"] = row["after"]
+            found[budget][f"divergence {SCALE}{suffix}"] = 1000 * row["divergence"]
+    return found
+
+
 def measured(name: str, larger: Path | None, seed: int) -> Found:
     """Measure the losses of all widths and of the ranks of all large layers of a network."""
     if name in MODELS:
@@ -359,18 +383,9 @@ def _large_layers(ready: Prepared) -> list[Site]:
     widths = cost.full_widths(ready.coupling)
     terms = ledger.terms(ledger.macs, ledger.lengths(widths))
     shares = dict(zip(ledger.nodes, (terms / terms.sum()).tolist(), strict=True))
-    made = {name for node in model.nodes for name in node.outputs}
-    found = []
-    for node in model.nodes:
-        place = site(node, model.constants)
-        if place is None or shares.get(node.name, 0.0) < LEAST or place.data not in made:
-            continue
-        groups, outputs, inputs, taps = matrix(place, model.constants[place.weight]).shape
-        is_plain = groups == taps == 1 and place.factor == 1 and not place.rules.scatters
-        strides = node.attrs.get("strides", (1,))
-        if is_plain and set(strides) == {1} and min(inputs, outputs) > 1:
-            found.append(place)
-    return found
+    return [
+        place for place in low_rank.candidates(model) if shares.get(place.node.name, 0.0) >= LEAST
+    ]
 
 
 def _input_axis(model: Model, place: Site) -> Axis:

@@ -47,6 +47,12 @@ class AllocationOptions(Options):
         "squeeze-and-excitation. With auto only under a `latency` budget, where it pays; always tries it for `macs`, "
         "`params` and `size` as well; with none every group keeps a unit.",
     )
+    factor: Literal["auto", "none"] = Field(
+        "none",
+        description="Write dense layers and 1x1 convolutions as two of lower rank where few principal components hold "
+        "nearly all of the variance of their outputs; the rank is chosen with the widths. Where `rotate` applies, and "
+        "with another budget than `latency`.",
+    )
 
 
 class RepairOptions(Options):

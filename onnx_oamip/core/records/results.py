@@ -77,7 +77,8 @@ class Cost:
 class Plan:
     """Units to keep (n_units,), the width of every group, the predicted cost, and the programs behind them.
 
-    ``rotated``: names of the groups whose units are principal components in place of channels.
+    ``rotated``: names of the groups whose units are principal components in place of channels. ``factored``: those
+    whose units are the ranks of layers that are written as two.
     """
 
     keep: Bools
@@ -87,6 +88,7 @@ class Plan:
     programs: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     rotated: tuple[str, ...] = ()
+    factored: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         kept = int(np.count_nonzero(self.keep))
