@@ -68,6 +68,7 @@ TESTS = {
         "tests/graph/test_linear_layers.py",
         "tests/repair/test_mean_folding.py",
     ],
+    "objective.detection": ["tests/objective/test_detection.py"],
     "objective.losses": ["tests/objective/test_losses.py"],
     "objective.measures": ["tests/objective/test_measures.py"],
     "planning.allocation": PLANS,

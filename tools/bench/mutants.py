@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from .studies import ROOT, Resumable, Row
 
 MODULES = (
+    "objective.detection",
     "objective.losses",
     "objective.measures",
     "planning.sensitivity",
