@@ -122,5 +122,6 @@ def _processor() -> float:
 
 
 def _environment() -> dict[str, str]:
-    """The cache is where the command line says."""
-    return {name: value for name, value in os.environ.items() if name != "ONNX_OAMIP_CACHE"}
+    """The cache is where the command line says, and modules are compiled once, as those of an installed package."""
+    others = ("ONNX_OAMIP_CACHE", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if name not in others}
