@@ -71,16 +71,20 @@ def _add_elsewhere(model: Model, proto: onnx.ModelProto, tensor: str) -> None:
     """Moves a constant that is added to a branch into the layer or the sum in front of it."""
     graph = chains.of_graph(proto.graph)
     for node in graph.consumers.get(tensor, ()):
-        if not has(node, Trait.SUM) or len(node.input) != 2 or node.output[0] in graph.visible:
+        if not has(node, Trait.SUM) or len(node.input) != 2:
             continue
         editor = Editor(proto)
         value = editor.constant(tensor)
         other = node.input[0] if node.input[1] == tensor else node.input[1]
         assert value is not None
-        if not value.any() or _moved(model, editor, graph, other=other, value=value):
+        if _moved(model, editor, graph, other=other, value=value):
+            _end_with(proto, node, graph.producers[other], other)
+        elif not value.any() and node.output[0] not in graph.visible:
             _bypass(proto, node, other)
-            _add_elsewhere(model, proto, tensor)
-            return
+        else:
+            continue
+        _add_elsewhere(model, proto, tensor)
+        return
 
 
 def _moved(
@@ -104,6 +108,17 @@ def _moved(
     if value.size != value.shape[axis]:
         return False
     return editor.add_bias(place, value.astype(float).reshape(-1))
+
+
+def _end_with(
+    proto: onnx.ModelProto, node: onnx.NodeProto, producer: onnx.NodeProto, tensor: str
+) -> None:
+    """Removes a node whose producer computes its output now, under its name: that of a value of the original."""
+    producer.output[list(producer.output).index(tensor)] = node.output[0]
+    declared = [value for value in proto.graph.value_info if value.name != tensor]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(declared)
+    proto.graph.node.remove(node)
 
 
 def _bypass(proto: onnx.ModelProto, node: onnx.NodeProto, source: str) -> None:
