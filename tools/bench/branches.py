@@ -1,8 +1,9 @@
 """Worth of leaving out whole branches: plans with and without, at equal MACs and at equal latency.
 
-One row per network, budget and choice. Both plans of a budget share statistics and losses. Networks with labels are
-judged by accuracy, EfficientNet-Lite0 (``--larger DIR``, see ``larger``) by agreement with the original. Rows that are
-in the saved study are not made again.
+One row per network, budget and choice. Both plans of a budget share statistics and losses, and the times of one latency
+table (one thread), so that both are planned for the same predicted time; the measured one is in the row. Networks with
+labels are judged by accuracy, EfficientNet-Lite0 (``--larger DIR``, see ``larger``) by agreement with the original.
+Rows that are in the saved study are not made again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from onnx_oamip.api import prepare
+from onnx_oamip.api.profiling import profile
 from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.planning import search
@@ -60,12 +62,20 @@ def _rows(bench: Bench, seed: int, study: Resumable) -> Iterator[Row]:
     """Rows of one network that the study does not hold."""
     budgets = BUDGETS if bench.name in MODELS else OF_LARGER
     with TemporaryDirectory() as kept:
+        table = Path(kept) / "table.json"
         for kind, share in budgets:
             for branches, empty in (("kept", "none"), ("may be left out", "always")):
                 key = {"model": bench.name, "budget": kind, "asked": share, "branches": branches}
                 if study.holds(key):
                     continue
-                settings = Settings.create(**{kind: share}, seed=seed, cache=kept, empty=empty)
+                times = {}
+                if kind == "latency":
+                    if not table.is_file():
+                        profile(bench.model, table, Settings.create(seed=seed), threads=1)
+                    times = {"latency_table": str(table)}
+                settings = Settings.create(
+                    **{kind: share, **times}, seed=seed, cache=kept, empty=empty
+                )
                 yield _row(bench, settings) | key
 
 

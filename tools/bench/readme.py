@@ -54,8 +54,8 @@ TEXT = {
         "Branches left out",
         (
             "Plans that keep a unit of every group, and plans that may leave out whole branches (`--empty`), at equal "
-            "MACs and at equal measured latency; accuracy in percent, or agreement with the original. `auto` leaves "
-            "out branches under a latency budget only."
+            "MACs and at equal predicted latency (one thread, one table of times per network); accuracy in percent, or "
+            "agreement with the original. `auto` leaves out branches under a latency budget only."
         ),
     ),
     "importance": (
