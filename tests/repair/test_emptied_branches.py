@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from branch_networks import NETS
 from graphs import activations, build, constants, load
-from refits import random_calibration, refit, relative_error
+from refits import change_initialiser, random_calibration, refit, relative_error, without
 
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.emptying import Emptying
@@ -54,3 +55,35 @@ def test_constant_is_the_mean_of_the_branch(tmp_path: Path) -> None:
     moments = calibration.collect(model, coupling, found, "cpu")
     folded = fold_means(model, coupling, keep, moments, raw)
     np.testing.assert_allclose(constants(folded.proto)["p2"].reshape(-1), mean, atol=1e-5)
+
+
+def test_branch_beside_a_constant_takes_on_its_error(tmp_path: Path) -> None:
+    """Two equal branches are added: the one that is left is doubled."""
+    text = """(float[N,6] x) => (float[N,4] y)
+    <float[6,8] w0, float[8,12] wa, float[12,8] wb, float[8,12] wc, float[12,8] wd, float[8,4] wy> {
+        a = MatMul(x, w0)
+        p = MatMul(a, wa)
+        pr = Relu(p)
+        q = MatMul(pr, wb)
+        u = MatMul(a, wc)
+        ur = Relu(u)
+        v = MatMul(ur, wd)
+        s = Add(q, v)
+        t = Add(a, s)
+        y = MatMul(t, wy)
+    }"""
+    proto = build(text)
+    values = constants(proto)
+    for first, second in (("wa", "wc"), ("wb", "wd")):
+        change_initialiser(proto, second, partial(np.copyto, src=values[first]))
+    model = load(proto, tmp_path)
+    coupling = couple(model)
+    number = [group.name for group in coupling.groups].index("wa")
+    keep = without(coupling, "wc", [0]) & (coupling.unit_group != number)
+    found = random_calibration(model, 256)
+    pruned = refit(model, coupling, keep, found)
+    feeds = dict(next(iter(found.batches(256)))[1])
+    wanted, before, after = (
+        activations(model, feeds, ["s"], proto)["s"] for proto in (None, pruned.raw, pruned.proto)
+    )
+    assert np.square(after - wanted).mean() < 0.3 * np.square(before - wanted).mean()
