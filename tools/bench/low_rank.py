@@ -49,6 +49,8 @@ NETWORKS = ("lenet300-mnist", "vgg-fashion", "vit-fashion", "efficientnet-lite0"
 BUDGETS = (0.65, 0.5, 0.35)
 SHARES = (0.75, 0.5, 0.25)
 """Shares of a layer's MACs that ranks are compared at."""
+SHOWN = 0.5
+"""Share at which the losses are shown."""
 LEAST = 0.01
 """Share of the MACs from which on a layer counts."""
 BETTER, ABOVE = 0.9, 1e-5
@@ -67,8 +69,8 @@ COLUMNS = (
     "outputs",
     "% of MACs",
     *(f"rank over width at {share:.0%}" for share in SHARES),
-    f"loss by rank {SCALE} at 50%",
-    f"loss by width {SCALE} at 50%",
+    f"loss by rank {SCALE} at {SHOWN:.0%}",
+    f"loss by width {SCALE} at {SHOWN:.0%}",
 )
 GAINS = (
     "model",
@@ -167,7 +169,7 @@ class Found:
             "layer": layer.place.node.name,
             "inputs": int(inputs),
             "outputs": int(outputs),
-            "% of MACs": 100 * float(whole) / self.macs,
+            "% of MACs": _short(100 * float(whole) / self.macs),
         }
         levels = []
         for share in SHARES:
@@ -176,10 +178,11 @@ class Found:
             by_width = self.by_width(layer, float(layer.saved(self.full, max(rank, 1))))
             levels.append((by_rank, by_width))
             ratio = None if by_width is None else by_rank / max(by_width, ABOVE)
-            row[f"rank over width at {share:.0%}"] = ratio
-            row[f"loss by rank {SCALE} at {share:.0%}"] = 1000 * by_rank
-            scaled = None if by_width is None else 1000 * by_width
-            row[f"loss by width {SCALE} at {share:.0%}"] = scaled
+            row[f"rank over width at {share:.0%}"] = _short(ratio)
+            if share == SHOWN:
+                scaled = None if by_width is None else 1000 * by_width
+                row[f"loss by rank {SCALE} at {share:.0%}"] = _short(1000 * by_rank)
+                row[f"loss by width {SCALE} at {share:.0%}"] = _short(scaled)
         row["lower by rank"] = any(_is_lower(*level) for level in levels)
         return row
 
@@ -210,12 +213,17 @@ class Found:
             "MACs asked": budget,
             "layers": len(self.layers),
             "lower by rank": sum(bool(row["lower by rank"]) for row in rows),
-            f"loss by widths {SCALE}": 1000 * exact,
-            f"by search {SCALE}": 1000 * alone,
-            f"with ranks {SCALE}": 1000 * both,
+            f"loss by widths {SCALE}": _short(1000 * exact),
+            f"by search {SCALE}": _short(1000 * alone),
+            f"with ranks {SCALE}": _short(1000 * both),
             "factored": factored,
-            "gain %": 100 * max(0.0, 1 - both / min(exact, alone)),
+            "gain %": _short(100 * max(0.0, 1 - both / min(exact, alone))),
         }
+
+
+def _short(value: float | None) -> float | None:
+    """The first digits of a number."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def _is_lower(by_rank: float, by_width: float | None) -> bool:
