@@ -747,7 +747,7 @@ def test_quiet_prints_nothing(run: Run, place: Path) -> None:
 def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
         "--params 0.9 --size 95% --latency 100% --latency-table t.csv --max-drop 99 --importance l2 "
-        "--allocate mip --effort high --rotate none "
+        "--allocate mip --effort high --rotate none --empty none --factor auto "
         "--refit none --align 4 "
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
         "--op-library a.so --op-library b.so "
@@ -776,6 +776,8 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "allocate": "mip",
         "effort": "high",
         "rotate": "none",
+        "empty": "none",
+        "factor": "auto",
         "refit": "none",
         "recover": "30s",
         "augment": "none",

@@ -32,6 +32,7 @@ from onnx_oamip.executors import (
 from onnx_oamip.graph import external_data
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance.oamip import decoupled
 from onnx_oamip.published.dependence import mint
 
 pytest.importorskip(
@@ -52,8 +53,12 @@ def local() -> Iterator[Any]:
 
 @pytest.fixture
 def address(local: Any) -> str:
-    """The scheduler, with both workers there."""
+    """The scheduler, with both workers there, and with the limits of the tests."""
+    from distributed import Client
+
     _wait(local, 2)
+    with Client(local, set_as_default=False) as client:
+        client.run(executor_tasks.limit_programs, decoupled.FLOPS_PER_GROUP)
     return str(local.scheduler_address)
 
 

@@ -190,6 +190,7 @@ def start(case):
 
 # Each gets its signal as soon as it is stuck, and has half a minute to end.
 number = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
 gc.freeze()  # no process searches what all of them share for cycles
 waiting, told, ends, coming = {}, {}, {}, iter(cases)
 until = time.monotonic() + 240 + 10 * len(cases)

@@ -9,6 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.importance.oamip import decoupled
 
 
 def add(shared: int, item: int) -> int:
@@ -57,3 +58,8 @@ def mismatch(expected: tuple[tuple[str, str | None], ...], device: str) -> str |
 def stay(shared: object, item: object) -> None:
     """Longer than anybody waits."""
     time.sleep(600)
+
+
+def limit_programs(flops: float) -> None:
+    """Give the programs of groups in this worker as many operations as those of the tests have."""
+    decoupled.FLOPS_PER_GROUP = flops
