@@ -121,3 +121,63 @@ def test_sets_of_images_share_the_judge(tmp_path: Path) -> None:
     assert np.array_equal(np.sort(rows, axis=0), 2 * images.astype(np.float32) + 1)
     mixed = setting.images(5, tmp_path / "more.npz")["input"]
     assert np.array_equal(mixed, np.concatenate([every[:5], images[:3] + 100]))
+
+
+def test_fine_tune_with_labels_is_chosen_by_its_held_out_fifth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its accuracy is that of the rate that is best there, after as many steps as the recovery took."""
+    pytest.importorskip("torch_pruning")
+    from tools.bench import finetune, rebuilt, rivals
+    from tools.train_models import RECIPES
+
+    np.savez(tmp_path / "data.npz", input=np.arange(40), labels=np.zeros(40))
+
+    class Bench:
+        data = tmp_path / "data.npz"
+
+        def __init__(self, name: str) -> None:
+            del name
+
+        def share(self, proto: onnx.ModelProto) -> float:
+            del proto
+            return 0.26
+
+        def accuracy(self, proto: onnx.ModelProto) -> float:
+            return 100 * float(numpy_helper.to_array(proto.graph.initializer[0])[0, 0])
+
+    trained: list[tuple[list[int], int]] = []
+    judged: list[list[int]] = []
+
+    def train(net: dict, recipe: object, images: np.ndarray, _labels: object, *rest: float) -> None:
+        del recipe
+        epochs, net["rate"], _seed = rest
+        trained.append((images.tolist(), int(epochs)))
+
+    def accuracy(net: dict, images: np.ndarray, _labels: object) -> float:
+        judged.append(images.tolist())
+        return -abs(net["rate"] / rate - 0.1)
+
+    name = "resnet20-fashion"
+    rate = RECIPES[name].lr
+    monkeypatch.setattr(rivals, "Bench", Bench)
+    monkeypatch.setattr(finetune, "theirs", lambda *_: linear(np.full((4, 3), 0.5)))
+    monkeypatch.setattr(finetune, "train", train)
+    monkeypatch.setattr(finetune, "torch_accuracy", accuracy)
+    monkeypatch.setattr(rebuilt, "rebuild", lambda *_: {})
+    monkeypatch.setattr(rebuilt, "export", lambda net, _: linear(np.full((4, 3), net["rate"])))
+    row = {"model": name, "MACs kept": 0.25, "steps": 6, "pruned": 91.0, "recovered": 93.0}
+    recover_peers.with_labels(tmp_path, 0, row)
+    ours = json.loads((tmp_path / "recover-labelled.json").read_text())["rows"]
+    theirs = ours.pop(0)
+    assert (theirs["pruned"], theirs["steps"], theirs["learning rate"]) == (
+        50.0,
+        6,
+        f"{rate / 10:g}",
+    )
+    assert theirs["trained"] == pytest.approx(10 * rate, abs=0.01)
+    assert [row["trained"] for row in ours] == [93.0]
+    assert {epochs for _, epochs in trained} == {6}
+    for (images, _), held in zip(trained, judged, strict=True):
+        assert (len(images), len(held)) == (32, 8)
+        assert sorted(images + held) == list(range(40))
