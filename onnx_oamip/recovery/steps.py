@@ -1,4 +1,4 @@
-"""Steps of a training: loss, gradient, pull towards the start, and averages of weights."""
+"""Steps of a training: loss, gradients in the coordinates of weights, and averages of weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ GRADIENT_BATCHES = 4
 """Batches on which the gradient that bounds the rates is found."""
 SLOWER = 10.0
 """Divisor of the rate where it was too large."""
-PULL = 2e-3
-"""Share of the way back to its start that a weight is pulled in every step at the full rate."""
 DECAY = 0.98
 """Share of the former average in the average of weights over steps."""
 FEATURE_WEIGHT = 2.0
@@ -198,7 +196,6 @@ class Run:
             group["lr"] = rate * share
         self._optimiser.step()
         with torch.no_grad():
-            torch._foreach_mul_(self._changes, 1 - PULL * share)
             decay = min(DECAY, (1 + self._done) / (10 + self._done))
             torch._foreach_lerp_(self._average, self._changes, 1 - decay)
         self._write()

@@ -1,8 +1,7 @@
 """Distillation: gradient steps on the weights of a pruned model, with the original as the teacher.
 
 The loss is the objective of the run plus errors of features, at which blocks end. Against overfitting, weights are
-pulled towards their start, averaged over steps, and samples are changed at random; a sample that is changed gets its
-answer from the original.
+averaged over steps, and samples are changed at random; a sample that is changed gets its answer from the original.
 """
 
 from __future__ import annotations

@@ -254,8 +254,8 @@ TEXT = {
         "Cost of a step of the recovery",
         (
             "A training step of the recovery, and one of the same network written by hand in plain torch: processor "
-            "time, medians of steps in turn, one thread. That of the recovery also compares features, pulls weights "
-            "to their start and averages them."
+            "time, medians of steps in turn, one thread. That of the recovery also compares features, and makes its "
+            "steps in coordinates of the weights, which it averages."
         ),
     ),
     "recover-operators": (

@@ -8,8 +8,8 @@ onnxsim's ``apply_pruning_finetune`` solves a layer's weights by ridge regressio
 rows or columns that were kept; it gets the pruned model without a refit, and the same images.
 
 A step of the recovery is compared with one of the same network as a torch module: answers, divergence from those of the
-original, gradients, Adam. That of the recovery compares features as well, pulls weights to their start and averages
-them. Both take their batches from memory; times are of the processor, and medians of steps in turn.
+original, gradients, Adam. That of the recovery compares features as well, and makes its steps in coordinates of the
+weights, which it averages. Both take their batches from memory; times are of the processor, and medians of steps in turn.
 """
 
 from __future__ import annotations
