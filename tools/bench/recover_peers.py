@@ -9,7 +9,8 @@ rows or columns that were kept; it gets the pruned model without a refit, and th
 
 A step of the recovery is compared with one of the same network as a torch module: answers, divergence from those of the
 original, gradients, Adam. That of the recovery compares features as well, and makes its steps in coordinates of the
-weights, which it averages. Both take their batches from memory; times are of the processor, and medians of steps in turn.
+weights, which it averages. Both take their batches from memory; times are of the processor, and medians of steps in
+turn.
 """
 
 from __future__ import annotations
