@@ -58,6 +58,7 @@ def _rows(name: str, seed: int) -> Iterator[Row]:
         workers=1,
         seed=seed,
         time_limit=TIME_LIMIT,
+        cache="off",
     )
     with tempfile.TemporaryDirectory() as folder:
         model, data = paths("lenet300-mnist" if name == WIDE else name)
