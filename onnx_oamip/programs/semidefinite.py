@@ -38,7 +38,7 @@ FIRST_BARRIERS = (0.1, 0.01, 0.002)
 """Barriers of the search from an arbitrary point, one after the other, as shares of the loss."""
 NEXT_BARRIER = 0.003
 """Barrier of the search from the optimum for more sets."""
-FIRST_STEPS = 40
+FIRST_STEPS = 25
 """Steps of the first search, for each barrier."""
 NEXT_STEPS = 25
 """Steps of the other search."""

@@ -77,6 +77,8 @@ FLOPS_PER_GROUP = 1e11
 numbers do not depend on the machine. What one share leaves is for the narrower ones."""
 MIN_STEPS = 30
 """Steps of the relaxation that must be affordable, or there is neither a plane of it nor branch and bound."""
+ROOT_SHARE = 0.5
+"""Part of the remaining operations that these may take."""
 RELATIVE_GAP = 0.01
 MAX_NODES = 1_000
 """Branch-and-bound nodes of one solve."""
@@ -238,6 +240,7 @@ def _solve_group(
                 settings,
                 name,
                 flops=flops * _part_of_rest(index),
+                most_flops=ROOT_SHARE * flops,
                 deadline=deadline,
             )
             flops -= step.flops
@@ -396,12 +399,13 @@ def _improve(
     name: str,
     *,
     flops: float,
+    most_flops: float,
     deadline: float,
 ) -> _Step:
     """Improve a set by outer approximation, then by branch and bound on the relaxation.
 
-    The first plane is that of the relaxation. Tangent planes are added at the optimum of the convex function, at the
-    first set and at every solution. Each solution is rounded to a set and compared by its true loss.
+    Tangent planes are added at the optimum of the convex function, at the first set and at every solution; where they
+    do not prove enough, a plane of the relaxation. Each solution is rounded to a set and compared by its true loss.
 
     Args:
         subset: Program of the group, with the planes of earlier sizes.
@@ -410,6 +414,7 @@ def _improve(
         settings: Solver and seed.
         name: Name of the group.
         flops: Floating-point operations that may be spent.
+        most_flops: The same for the plane of the relaxation, if it takes more.
         deadline: Time at which to stop, by ``time.perf_counter``.
     """
     loss = subset.loss
@@ -422,18 +427,11 @@ def _improve(
     last: Solution | None = None
     none = np.zeros(len(free), bool)
     root: Plane | None = None
-    spent = 0.0
     needed = MIN_STEPS * loss.plane_flops(int(free.sum()))
-    if flops >= needed and time.perf_counter() < deadline:
-        root = loss.between(free, none).plane(best.count, flops, None)
-        spent += root.flops
-        best.offer(root.keep)
-        subset.bound(root)
-        bound = max(bound, root.least(free, none, best.count))
-    evaluations = (flops - spent) / loss.flops
+    evaluations = flops / loss.flops
     relax_steps = int(min(MAX_RELAX_STEPS, max(2, evaluations / 3)))
     relaxed = loss.relax(free, best.count, relax_steps)
-    spent += relax_steps * loss.flops
+    spent = relax_steps * loss.flops
     best.offer(relaxed)
     subset.tangent(relaxed)
     subset.tangent(best.keep.astype(np.float64))
@@ -458,8 +456,14 @@ def _improve(
         best.offer(keep)
         if best.value - bound <= RELATIVE_GAP * best.value:
             break
-        if root is not None and (best.value, bound) == before:
-            break  # the planes of the semidefinite relaxation are above all that follow
+        if root is None and max(flops, most_flops) >= needed:
+            root = loss.between(free, none).plane(best.count, max(flops - spent, needed), None)
+            spent += root.flops
+            best.offer(root.keep)
+            subset.bound(root)
+            bound = max(bound, root.least(free, none, best.count))
+        elif root is not None and (best.value, bound) == before:
+            break  # the plane of the relaxation is above all that follow
         subset.tangent(keep)
         # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
         subset.tangent((keep + relaxed) / 2)
