@@ -7,6 +7,7 @@ import pytest
 from subset_losses import KINDS, PLENTY, everything, least, repaired, sets
 
 from onnx_oamip.core.records import Bools
+from onnx_oamip.programs import semidefinite
 from onnx_oamip.programs.repaired_loss import LinearConsumer, Repaired
 from onnx_oamip.programs.semidefinite import _Point, _State
 from onnx_oamip.programs.subset import tangent_plane
@@ -38,8 +39,11 @@ def test_planes_are_below_every_set_and_close_to_the_best(kind: str, seed: int) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bound_reaches_the_optimum_of_the_relaxation(kind: str) -> None:
+def test_bound_reaches_the_optimum_of_the_relaxation(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cost at the point that was found is an upper bound of that optimum: the two meet but for the barrier."""
+    monkeypatch.setattr(semidefinite, "FIRST_STEPS", 100)
     loss = repaired(kind, 3, UNITS, ridge=0.02)
     relaxation = loss.between(everything(UNITS), nothing())
     found = relaxation.plane(COUNT, PLENTY, None)
