@@ -267,7 +267,8 @@ def _no_time(task: Path, stage: Stage) -> None:
     late_end = ("feasible", "time")
     # The search on the relaxation of a decoupled program needs no solver, and may prove what it finds for a group.
     proven = {("optimal", None)} if "oamip" in stage.values.values() else set()
-    assert ends and ends <= {late_end, *proven}
+    assert ends
+    assert ends <= {late_end, *proven}
     assert (task / "out.onnx").read_bytes() != OLD
     assert report.after.macs <= 0.5 * report.before.macs
 

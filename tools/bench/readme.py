@@ -293,8 +293,9 @@ TEXT = {
     "resume": (
         "Resuming",
         (
-            "A run that was killed at the start of a stage and started again with its cache, relative to a whole run "
-            "from an empty cache (half the MACs, widths in steps of 8)."
+            "A run that was killed at the start of a stage and started again with its cache: processor time, start-up "
+            "included, relative to a whole run from an empty cache (half the MACs, widths in steps of 8). That stage "
+            "and all behind it are done again."
         ),
     ),
     "determinism": (

@@ -1,4 +1,4 @@
-"""Study of resumed runs: seconds of the rerun of a killed run over those of a run from an empty cache.
+"""Study of resumed runs: processor time of the rerun of a killed run over that of a run from an empty cache.
 
 The whole run, the killed one and the rerun are processes of their own, as a shell starts them, so that importing
 counts. A run is killed (SIGKILL) at the first call of a stage, and so is never asked to put anything in order.
@@ -12,14 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 from .studies import Resumable, Row, paths
 
-COLUMNS = ("model", "killed at", "runs", "whole s", "rerun s", "rerun / whole", "of processor time")
+COLUMNS = ("model", "killed at", "runs", "of processor time")
 CLOCKED = COLUMNS[3:]
 STAGES = {
     "calibrate": "statistics.calibration.collect",
@@ -78,12 +77,12 @@ def _rows(name: str, folder: Path, seed: int) -> Iterator[Row]:
             str(output),
         ]
 
-    def whole(cache: Path) -> tuple[float, float]:
-        start, before = time.perf_counter(), _processor()
+    def whole(cache: Path) -> float:
+        before = _processor()
         subprocess.run(
             [sys.executable, "-m", "onnx_oamip", *arguments(cache)], check=True, env=_environment()
         )
-        return time.perf_counter() - start, _processor() - before
+        return _processor() - before
 
     full = [whole(folder / f"whole {i}") for i in range(RUNS)]
     written = output.read_bytes()
@@ -101,17 +100,11 @@ def _rows(name: str, folder: Path, seed: int) -> Iterator[Row]:
             again.append(whole(cache))
             if output.read_bytes() != written:
                 raise RuntimeError(f"{name}: the rerun after {stage} wrote another model")
-        (seconds, busy), (once, busy_once) = (
-            tuple(map(median, zip(*times, strict=True))) for times in (again, full)
-        )
         yield {
             "model": name,
             "killed at": stage,
             "runs": RUNS,
-            "whole s": round(once, 1),
-            "rerun s": round(seconds, 1),
-            "rerun / whole": round(seconds / once, 2),
-            "of processor time": round(busy / busy_once, 2),
+            "of processor time": round(median(again) / median(full), 2),
         }
 
 
