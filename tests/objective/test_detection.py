@@ -17,6 +17,7 @@ from onnx_oamip.objective import (
     Part,
     Term,
     detect,
+    detection,
     document,
 )
 from onnx_oamip.objective.detection import DECISIONS
@@ -913,3 +914,31 @@ def test_task_for_several_known_outputs_is_refused(tmp_path: Path) -> None:
         SettingsError, match="which of the model's 2 outputs it is about; give `outputs`"
     ):
         detect(load(build(text), tmp_path), task="values")
+
+
+def test_directions_of_a_state_are_columns_of_whole_outputs_of_values_only() -> None:
+    class States:
+        """A graph whose tensors all are states, by direction first."""
+
+        def state_axis(self, _: str) -> int:
+            return 0
+
+    def by_state(kind: str, axis: int | None, part: Part | None = None) -> tuple[int, ...]:
+        term = Term("h", "h", "h", kind, axis, part)  # type: ignore[arg-type]
+        return detection._by_state(States(), term).stacked  # type: ignore[arg-type]
+
+    assert by_state("values", 2) == by_state("embedding", 2) == (0,)
+    assert by_state("classes", 2) == ()
+    assert by_state("values", None) == ()
+    assert by_state("values", 2, Part(2, 0, 3)) == ()
+    assert by_state("values", 0) == ()
+
+
+@pytest.mark.parametrize(("columns", "offered"), [(1, False), (4, True)])
+def test_positions_are_offered_as_classes_where_there_are_several(
+    columns: int, offered: bool, tmp_path: Path
+) -> None:
+    text = f"""(float[N, {columns}, 6] x) => (float[] y) <float[6, 1] w, int64[1] last = {{2}}>
+        {{ l = MatMul(x, w) y = Squeeze(l, last) }}"""
+    (term,) = detect(load(build(text), tmp_path)).terms
+    assert ("where one of the positions is chosen" in term.assumption) == offered
