@@ -72,12 +72,12 @@ MAX_SEARCH_STEPS = 64
 """Steps of the search for the first point of one share."""
 MAX_RELAX_STEPS = 32
 """Steps of the search for the optimum of the relaxation of one share."""
-FLOPS_PER_GROUP = 1e11
+FLOPS_PER_GROUP = 2e11
 """Approximate floating-point operations for the losses of one group. Wide groups get fewer solves and search steps; the
 numbers do not depend on the machine. What one share leaves is for the narrower ones."""
 MIN_STEPS = 30
 """Steps of the relaxation that must be affordable, or there is neither a plane of it nor branch and bound."""
-ROOT_SHARE = 0.5
+ROOT_SHARE = 0.2
 """Part of the remaining operations that these may take."""
 RELATIVE_GAP = 0.01
 MAX_NODES = 1_000
