@@ -55,7 +55,9 @@ TEXT = {
         (
             "Plans that keep a unit of every group, and plans that may leave out whole branches (`--empty`), at equal "
             "MACs and at equal predicted latency (one thread, one table of times per network); accuracy in percent, or "
-            "agreement with the original. `auto` leaves out branches under a latency budget only."
+            "agreement with the original. `auto` leaves out branches under a latency budget only. "
+            "Latency budgets of the faster networks are left out here: their times vary more than branches matter "
+            "unless the machine is idle."
         ),
     ),
     "importance": (
