@@ -61,7 +61,8 @@ class _Editor:
         return name
 
     def entries(self, tensor: str) -> Entries | None:
-        return self.known.entries.get(tensor)
+        found = self.known.entries.get(tensor)
+        return found if found is not None and found.ndim == 1 else None
 
     def lengths(self, tensor: str) -> Entries | None:
         return lengths(tensor, self.known.dims)
@@ -189,7 +190,7 @@ def _fold_known_values(edit: _Editor) -> None:
     types = edit.known.types
     for node in edit.graph.node:
         for slot, name in enumerate(node.output):
-            entries = edit.entries(name)
+            entries = edit.known.entries.get(name)
             if entries is None or name in outputs or name not in types or not numbers(entries):
                 continue
             if name not in read:

@@ -207,3 +207,20 @@ def test_known_outputs_beside_an_unknown_one_are_replaced_once() -> None:
     assert split.output[0] == "n"
     assert {"c", "d"} <= {tensor.name for tensor in proto.graph.initializer}
     assert not shape_folding.fold(proto)
+
+
+@pytest.mark.parametrize("scalar", ["starts", "ends", "axes", "steps"])
+def test_numbers_in_place_of_lists_are_left_to_the_runtime(scalar: str) -> None:
+    """ONNX asks for lists; the sentence of the runtime names what is wrong, where it minds."""
+    lists = {"starts": 0, "ends": 5, "axes": 1, "steps": 1}
+    weights = ", ".join(
+        f"int64{'' if name == scalar else '[1]'} {name} = {{{value}}}"
+        for name, value in lists.items()
+    )
+    proto = build(
+        f"""(float[N,5] x) => (float[] y) <float[5,4] w, {weights}>
+            {{ s = Slice(x, starts, ends, axes, steps) y = MatMul(s, w) }}"""
+    )
+    before = [node.op_type for node in proto.graph.node]
+    shape_folding.fold(proto)
+    assert [node.op_type for node in proto.graph.node] == before

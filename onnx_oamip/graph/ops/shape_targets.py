@@ -113,7 +113,8 @@ class Targets(Protocol):
             tensor: Its name.
 
         Returns:
-            A number or a polynomial of symbols per element; None where an element is unknown.
+            A number or a polynomial of symbols per element; None where an element is unknown, or for a tensor that is
+            no list.
         """
         ...
 
