@@ -20,7 +20,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -71,8 +70,6 @@ MAX_SOLVES = 6
 """Solves of the program for one share."""
 MAX_SEARCH_STEPS = 64
 """Steps of the search for the first point of one share."""
-COMPARED_UNITS = 6
-"""Units of a group up to which all sets of a size are compared: at most 20, in a tenth of the time of a program."""
 MAX_RELAX_STEPS = 32
 """Steps of the search for the optimum of the relaxation of one share."""
 FLOPS_PER_GROUP = 2e11
@@ -394,48 +391,6 @@ class _Incumbent:
         return is_better
 
 
-def _compare(
-    subset: Subset,
-    free: Bools,
-    start: Bools,
-    settings: Settings,
-    name: str,
-) -> _Step:
-    """Find the set of least loss among all of the size of the first one.
-
-    Args:
-        subset: Program of the group, to be written where files are asked for.
-        free: Units that may be kept (units,).
-        start: First set, a subset of the free units (units,).
-        settings: Files of the programs.
-        name: Name of the group.
-    """
-    best = _Incumbent(subset.loss, free, start)
-    file = ProgramFile.of(settings, f"importance-{name}-{best.count}-of-{subset.units}")
-    columns = [f"keep_{name}_{unit}" for unit in range(subset.units)]
-    proposed = file.values(lambda: columns)
-    taken = proposed is not None and best.offer(proposed)
-    for chosen in combinations(np.flatnonzero(free).tolist(), best.count):
-        weights = np.zeros(len(free))
-        weights[list(chosen)] = 1.0
-        best.offer(weights)
-    subset.tangent(best.keep.astype(np.float64))
-    file.write(
-        lambda: subset.program(free, best.count, best.keep),
-        lambda: [*columns, "loss"],
-    )
-    return _Step(
-        keep=best.keep,
-        value=best.value,
-        bound=best.value,
-        flops=0.0,
-        solution=None,
-        improved=best.keep is not start,
-        solution_read=proposed is not None,
-        solution_taken=taken,
-    )
-
-
 def _improve(
     subset: Subset,
     free: Bools,
@@ -462,8 +417,6 @@ def _improve(
         most_flops: The same for the plane of the relaxation, if it takes more.
         deadline: Time at which to stop, by ``time.perf_counter``.
     """
-    if subset.units <= COMPARED_UNITS:
-        return _compare(subset, free, start, settings, name)
     loss = subset.loss
     best = _Incumbent(loss, free, start)
     file = ProgramFile.of(settings, f"importance-{name}-{best.count}-of-{subset.units}")
@@ -544,15 +497,6 @@ def _improve(
     )
 
 
-def _reason(subset: Subset, steps: Sequence[_Step], solutions: Sequence[Solution]) -> str:
-    """Why a solver was chosen, or none."""
-    if solutions:
-        return solutions[-1].reason
-    if steps and subset.units <= COMPARED_UNITS:
-        return "few units, so all sets are compared"
-    return "nothing to choose"
-
-
 def _record(
     name: str,
     subset: Subset,
@@ -576,7 +520,7 @@ def _record(
         "purpose": "importance",
         "group": name,
         "solver": ", ".join(solvers) or None,
-        "reason": _reason(subset, steps, solutions),
+        "reason": solutions[-1].reason if solutions else "nothing to choose",
         "status": status.value,
         "limit": limits[0] if limits else None,
         "gap": gap,

@@ -344,25 +344,6 @@ def test_proven_optimum_equals_enumeration() -> None:
             assert step.value == pytest.approx(loss.value(step.keep), rel=1e-12)
 
 
-@pytest.mark.parametrize("refit", REFITS)
-@pytest.mark.parametrize("units", [2, 4, 6])
-def test_all_sets_of_few_units_are_compared_as_the_solver_would(units: int, refit: str) -> None:
-    """Every step has the set of least loss, and the sums of the losses are those of the programs, within their gap."""
-    for seed in range(3):
-        found = [_problem(seed, 4, _units(units), others=1)]
-        compared = decoupled._solve_group(found, units, "g", _settings(refit=refit)).record
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoupled, "COMPARED_UNITS", 0)
-            solved = decoupled._solve_group(found, units, "g", _settings(refit=refit)).record
-        assert (compared["solver"], solved["solver"]) == (None, "highs")
-        assert (compared["status"], compared["gap"]) == ("optimal", 0)
-        assert compared["reason"] == "few units, so all sets are compared"
-        assert compared["programs"] == solved["programs"]
-        assert compared["objective"] == pytest.approx(solved["objective"], rel=0.02, abs=1e-9)
-        first = decoupled._solve_group(found, units, "g", _settings(refit=refit, time_limit=1e-9))
-        assert first.record["objective"] == compared["objective"]
-
-
 def test_zero_time_limit_still_gives_scores() -> None:
     """Without a single solve the first set stands, and nothing is claimed to be proven."""
     found = PROBLEMS["one consumer"](2)
@@ -420,8 +401,7 @@ def test_scores_and_records_are_consistent(net: str, refit: str, tmp_path: Path)
         assert len(np.unique(found.values[group.units])) == len(group.units)
         assert set(program) == KEYS
         assert program["purpose"] == "importance"
-        few = len(group.units) <= decoupled.COMPARED_UNITS
-        assert program["solver"] == (None if few else "highs")
+        assert program["solver"] == "highs"
         assert program["variables"] == len(group.units) + 1
         assert program["gap"] >= 0
         assert program["status"] == (
