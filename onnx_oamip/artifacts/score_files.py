@@ -63,7 +63,7 @@ _TEXTS = (
 _KEYS = ("schema_version", *_TEXTS, "values", "unit_group", "group_names", "unit_index")
 _REQUIRED_OF_PROGRAM: Mapping[str, tuple[type, ...]] = {
     "purpose": (str,),
-    "solver": (str,),
+    "solver": (str, type(None)),
     "status": (str,),
     "gap": (float, int, type(None)),
     "variables": (int,),

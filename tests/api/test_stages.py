@@ -25,6 +25,7 @@ from onnx_oamip import (
 from onnx_oamip import plan as make_plan
 from onnx_oamip.api import proof
 from onnx_oamip.artifacts import cache, cache_entries, plan_files
+from onnx_oamip.cli import main
 from onnx_oamip.core.errors import DataError, GateFailed, OutputError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
@@ -116,6 +117,29 @@ def test_plan_file_is_reproducible_and_readable(task: Path) -> None:
         assert f'"keep": {json.dumps(group["keep"])}' in texts[0], (
             "a list of units stands on one line"
         )
+
+
+def test_program_without_a_solver_is_shown_and_read(task: Path) -> None:
+    """A group of one unit leaves nothing to choose."""
+    text = """(float[N, 4] x) => (float[N, 3] y) <float[8, 4] w1, float[1, 8] w2, float[3, 1] w3> {
+        h = Gemm <transB = 1>(x, w1)
+        r = Relu(h)
+        h2 = Gemm <transB = 1>(r, w2)
+        r2 = Relu(h2)
+        y = Gemm <transB = 1>(r2, w3)
+    }"""
+    (task / "narrow.onnx").write_bytes(build(text).SerializeToString())
+    np.savez(task / "few.npz", x=np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32))
+    settings = asked(importance="oamip", mode="decoupled")
+    scored = score(task / "narrow.onnx", task / "few.npz", task / "s.npz", settings)
+    assert None in [program["solver"] for program in scored.scores.programs]
+    make_plan(
+        task / "narrow.onnx", task / "few.npz", task / "p.json", asked(), scores=task / "s.npz"
+    )
+    arguments = [str(task / "narrow.onnx"), "--data", str(task / "few.npz"), "--macs", "0.6"]
+    arguments += ["--importance", "oamip", "--mode", "decoupled", "--align", "1", "--device", "cpu"]
+    arguments += ["--report", str(task / "page.html"), "-o", str(task / "a.onnx"), "--force"]
+    assert main(["prune", *arguments]) == 0
 
 
 def test_plan_edited_by_hand_is_applied(task: Path) -> None:

@@ -436,7 +436,7 @@ def _programs(value: Document) -> Section | None:
     rows = [
         [
             p["purpose"],
-            p["solver"],
+            DASH if p["solver"] is None else p["solver"],
             f"{p['status']}, {p['limit']} limit" if p.get("limit") else p["status"],
             percent(p["gap"], 2),
             DASH if p["seconds"] is None else f"{p['seconds']:.2f} s",

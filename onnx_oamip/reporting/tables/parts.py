@@ -328,7 +328,7 @@ def program_rows(programs: Sequence[Document], console: Console) -> Iterator[Ren
         size = (seconds, f"{program['variables']:,} x {program['rows']:,}")
         table.add_row(
             cell(program["purpose"]),
-            cell(program["solver"]),
+            cell("-" if program["solver"] is None else program["solver"]),
             cell(f"{program['status']}, {limit} limit" if limit else program["status"]),
             percent(program["gap"], digits=2),
             *(size if is_wide else ()),
