@@ -50,8 +50,8 @@ FIGURES: Mapping[str, Drawn] = {
     "larger": Drawn(
         rivals_figure.draw_larger,
         (
-            "Accuracy, or agreement with the original, over MACs kept for three larger networks: ours falls least on "
-            "each of them, rivals and random choice fall to chance."
+            "Accuracy, or agreement with the original, over MACs kept for larger networks: ours falls least on each "
+            "of them, rivals and random choice fall to chance."
         ),
         (
             "Of each rival the best of its variants at every budget, by the figure shown; the dotted line is the "

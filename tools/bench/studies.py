@@ -223,7 +223,7 @@ def together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """One environment of several: what differs is listed."""
     found: dict[str, list[str]] = {}
     for environment in environments:
-        for key, value in environment.items():
-            if value not in found.setdefault(key, []):
-                found[key].append(value)
+        for key, values in environment.items():
+            listed = found.setdefault(key, [])
+            listed += [value for value in values.split(" and ") if value not in listed]
     return {key: " and ".join(values) for key, values in found.items()}
