@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import onnx
+from google.protobuf.message import Message
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from onnx_oamip.core.errors import ModelError
@@ -19,6 +20,10 @@ DEFAULT_DOMAIN = "ai.onnx"
 """Second spelling of the default domain, whose first one is empty."""
 EQUATION = re.compile(rb"[A-Za-z., ]*(->[A-Za-z. ]*)?")
 """Characters of an equation."""
+REMARKS = frozenset(
+    {"doc_string", "producer_name", "producer_version", "denotation", "key", "value"}
+)
+"""Fields with text that nothing refers to."""
 FIRST_VERSION = 4
 """Version of the format since which initialisers need not be inputs; before, no feed could replace them."""
 
@@ -32,10 +37,11 @@ def conform(proto: ModelProto) -> None:
         proto: A model as it is in its file.
 
     Raises:
-        ModelError: The nodes read each other's outputs in a cycle, or refer to attributes of a function outside of one,
-            a branch gives fewer outputs than its node, a tensor is stored in segments or has an unknown type, or an
-            equation holds other characters than those of ONNX.
+        ModelError: A name is not UTF-8, the nodes read each other's outputs in a cycle, or refer to attributes of a
+            function outside of one, a branch gives fewer outputs than its node, a tensor is stored in segments or has
+            an unknown type, or an equation holds other characters than those of ONNX.
     """
+    _decode_texts(proto)
     _check_tensors(proto)
     _check_equations(proto)
     _check_attributes(proto)
@@ -45,6 +51,28 @@ def conform(proto: ModelProto) -> None:
         default_inputs.close(proto)
         proto.ir_version = FIRST_VERSION
     _spell_default_domain(proto)
+
+
+def _decode_texts(message: Message) -> None:
+    """Replaces bytes that are not UTF-8 in remarks; raises ModelError for such bytes in names.
+
+    Protocol buffers give such a text as bytes, in place of a string.
+    """
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            for text in [value] if isinstance(value, str | bytes) else value:
+                if not isinstance(text, bytes):
+                    continue
+                readable = text.decode("utf-8", "replace")
+                if field.name not in REMARKS:
+                    raise ModelError(
+                        f"the {field.name} '{shortened(readable)}' in {type(message).__name__} is not UTF-8; "
+                        "export the model again with names in UTF-8."
+                    )
+                setattr(message, field.name, readable)
+        elif field.type == field.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                _decode_texts(part)
 
 
 def _check_tensors(proto: ModelProto) -> None:

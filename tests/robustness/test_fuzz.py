@@ -391,11 +391,25 @@ def _negative_length() -> ModelProto:
     return proto
 
 
+def _latin(name: str) -> Callable[[], ModelProto]:
+    """A model with a name in an encoding of one byte a character."""
+
+    def make() -> ModelProto:
+        proto = _simple()
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "length"
+        content = proto.SerializeToString()
+        return ModelProto.FromString(content.replace(name.encode(), b"\xe9" * len(name)))
+
+    return make
+
+
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
     "tensor in segments": (_segmented, "'w1' is one segment of a tensor, which is not supported"),
     "tensor of unknown type": (_untyped, "'w1' has the element type -1, which ONNX does not have"),
     "equation of other characters": (_unlettered, r"the equation 'nc\x0f,cl' of Einsum 'product'"),
+    "tensor named in Latin-1": (_latin("w1"), "in NodeProto is not UTF-8"),
+    "length named in Latin-1": (_latin("length"), "in Dimension is not UTF-8"),
     "functions that double": (_doubling, "once its functions are inlined"),
     "functions that call five": (_fivefold, "once its functions are inlined"),
     "weight outside": (_outside("../secret.bin", "weight"), "outside its own folder"),
