@@ -474,6 +474,22 @@ def test_broken_models_are_refused_in_one_sentence(
         assert not (place / "out.onnx").exists()
 
 
+def test_slice_along_an_axis_that_does_not_exist_is_left_to_the_runtime(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = build(
+        "(float[N,5] x) => (float[N,3] y)"
+        " <float[5,8] w1, float[8,3] w2, int64[2] at = {0, 0}, int64[2] along = {0, 1000000}> {"
+        " a = MatMul(x, w1)  size = Shape(a)  h = Slice(a, at, size, along)  y = MatMul(h, w2) }"
+    )
+    (place / "m.onnx").write_bytes(proto.SerializeToString())
+    status = main(_prune(place))
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert not fuzzing.judge(status, out, err)
+    assert "ONNX Runtime cannot run" in err
+
+
 @pytest.mark.parametrize("command", ["inspect", "prune"])
 def test_notes_spell_out_invisible_characters(
     command: str, place: Path, capsys: pytest.CaptureFixture[str]

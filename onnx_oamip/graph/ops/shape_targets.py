@@ -426,6 +426,8 @@ def _slice(node: NodeProto, at: int, edit: Targets) -> None:
     axes = _slice_axes(node, edit)
     if ends is None or lengths is None or axes is None or len(axes) != len(ends):
         return
+    if not all(-len(lengths) <= axis < len(lengths) for axis in axes):
+        return  # an invalid node, which the runtime refuses
     dtype = edit.dtype(node.input[2])  # starts, ends and axes have one type
     longest = np.iinfo(dtype).max
     wanted = [
