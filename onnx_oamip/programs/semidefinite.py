@@ -70,7 +70,7 @@ INFEASIBLE = 1e6
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What removing units costs one consumer.
+    """Cost of removing units, for one consumer.
 
     Attributes:
         inverse: H of the columns of the undecided units, unit after unit, scaled to a diagonal of ones (d, d).

@@ -69,7 +69,7 @@ def test_first_layer_takes_the_constants_of_all_blocks(tmp_path: Path) -> None:
     operators = [node.op_type for node in folded.graph.node]
     assert operators == ["Conv", "GlobalAveragePool", "Flatten", "Gemm"]
     assert {t.name for t in folded.graph.initializer} == {"w0", "b0", "w4", "b4"}
-    # What it computes has the name of the last sum, which it equals.
+    # The layer that takes up the constant has the name of the last sum, which its output equals.
     assert folded.graph.node[0].output[0] == folded.graph.node[1].input[0] == "z"
 
 

@@ -90,7 +90,7 @@ def test_branch_without_effect_is_left_out(weak: ModelProto, tmp_path: Path) -> 
     found = search.search(ready)
     assert _emptied(ready, found.plan.widths) == {"wb1"}
     assert found.after.macs <= 0.3 * ready.before.macs
-    # What it saves widens the other layers.
+    # The MACs that the branch saves widen the other layers.
     plain = search.search(_ready(weak, tmp_path, empty="none"))
     assert plain.plan.widths.min() > 0
     others = [g for g, group in enumerate(ready.coupling.groups) if group.name != "wb1"]
