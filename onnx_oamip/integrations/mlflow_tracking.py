@@ -124,7 +124,8 @@ def metrics(document: Document) -> dict[str, float]:
 
     Returns:
         ``macs_before``, ``macs_after`` (``macs_predicted`` of a plan) and their ratio ``macs_kept``; the same for
-        params and bytes; the measurements of ``verification`` by their names; ``recovery_before``, ``recovery_after``
+        params and bytes; the measurements of ``verification`` by their names, and the ends ``latency_ratio_low`` and
+        ``latency_ratio_high`` of the interval of its latency; ``recovery_before``, ``recovery_after``
         (held-out losses), ``recovery_steps`` and ``recovery_accepted``; the counts ``groups`` and ``skipped``;
         ``seconds.STAGE``. Numbers that were not measured are left out.
     """
@@ -138,6 +139,9 @@ def metrics(document: Document) -> dict[str, float]:
     verification = document.get("verification", {})
     for name in VERIFICATION_METRICS:
         numbers[name] = verification.get(name)
+    if numbers["latency_ratio"] is not None:
+        numbers["latency_ratio_low"] = verification["latency"]["low"]
+        numbers["latency_ratio_high"] = verification["latency"]["high"]
     recovery = document.get("recovery") or {}
     for name in RECOVERY_METRICS:
         numbers[f"recovery_{name}"] = recovery.get(name)

@@ -90,6 +90,7 @@ def test_prune_is_logged(
         "latency_ratio",
     ):
         assert metrics[name] == pytest.approx(document["verification"][name])
+    assert (metrics["latency_ratio_low"], metrics["latency_ratio_high"]) == (0.4, 0.6)
     assert metrics["seconds.plan_and_refit"] == pytest.approx(document["timings"]["plan and refit"])
     assert run.data.tags["version.onnx_oamip"] == document["versions"]["onnx_oamip"]
     kept = files(run)

@@ -107,3 +107,5 @@ def test_point_has_the_interval_of_its_latency(capsys: pytest.CaptureFixture[str
     (point,) = json.loads(capsys.readouterr().out)["points"]
     assert (point["latency"]["low"], point["latency"]["high"]) == (0.4, 0.6)
     assert point["latency_ratio"] == point["latency"]["median"] == 0.5
+    assert main(command[:-1]) == 0
+    assert "50.0 % (40.0 to 60.0 %)" in capsys.readouterr().out

@@ -127,7 +127,8 @@ def test_page_has_every_section_and_agrees_with_the_document(
     for key in ("macs", "params", "bytes"):
         assert f"{100 * after[key] / before[key]:.1f} % of" in top
     assert f"{100 * checks['accuracy_after']:.2f} %" in top
-    assert "50.0 %2.00 times as fast" in top
+    assert "50.0 %2.00 times as fast; 95 % interval 40.0 to 60.0 %" in top
+    assert "takes 50.0 % of the time (95 % interval 40.0 to 60.0 %)" in top
     assert "Asked to keep at most 50.0 % of the MACs." in top
     expected = [
         [

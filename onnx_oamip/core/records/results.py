@@ -259,8 +259,9 @@ class Verification:
             parts.append(f"agreement {self.agreement:.2%}")
         if self.output_relative_error is not None:
             parts.append(f"output error {self.output_relative_error:.3g}")
-        if self.latency_ratio is not None:
-            parts.append(f"latency ratio {self.latency_ratio:.2f}")
+        if self.latency is not None and not self.latency.doubt:
+            found = self.latency
+            parts.append(f"latency ratio {found.median:.2f} ({found.low:.2f} to {found.high:.2f})")
         if self.failures:
             parts.append(f"failed: {'; '.join(self.failures)}")
         measured = ", ".join(parts) or "not measured"

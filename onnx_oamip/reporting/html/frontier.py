@@ -38,6 +38,7 @@ from onnx_oamip.reporting.html.wording import (
     plural,
     short,
 )
+from onnx_oamip.reporting.tables.parts import latency_cell
 
 ASKED = tuple(name for name in Settings.model_fields if name not in ("macs", "force"))
 """Settings that the command ``frontier`` has as options."""
@@ -135,7 +136,7 @@ def _points(value: Document) -> Section:
         [
             percent(p["asked"]),
             *(percent(p[name], 2) for name in first),
-            _time(p),
+            latency_cell(p["latency"]),
             *(percent(p[name], 2) for name in last),
             number(p["output_relative_error"]),
             *(percent(p["shares"][kind.cost]) for kind in COUNTED),
@@ -173,14 +174,6 @@ def _points(value: Document) -> Section:
         "Asked: share of the MACs to keep. Shares are of the original's; latency is measured side by side.",
         parts,
     )
-
-
-def _time(point: Document) -> str:
-    """Measured latency of a point with its interval; a dash where it is not known."""
-    found = point["latency"]
-    if found is None or found["doubt"]:
-        return percent(None)
-    return f"{percent(found['median'])} ({percent(found['low'])} to {percent(found['high'])})"
 
 
 def _kept(value: Document, made: Sequence[Document]) -> Section:

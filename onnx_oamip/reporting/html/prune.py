@@ -50,6 +50,7 @@ from onnx_oamip.reporting.tables.parts import (
     KIND_NAMES,
     agreement_name,
     drop_choice,
+    latency_bounds,
     latency_interval,
     points,
 )
@@ -148,7 +149,8 @@ def _sentence(value: Document) -> str:
     ]
     text = f"The pruned model has {' and '.join(parts)}"
     if found["latency_ratio"] is not None:
-        text += f", takes {percent(found['latency_ratio'])} of the time"
+        bounds = latency_bounds(found["latency"])
+        text += f", takes {percent(found['latency_ratio'])} of the time (95 % interval {bounds})"
     if found["accuracy_after"] is not None:
         right = f"{percent(found['accuracy_after'], 2)} accuracy"
         text += (
@@ -185,7 +187,8 @@ def _cards(value: Document) -> list[Card]:
         cards.append(Card(kind.label, short(new, kind.unit), note, share))
     ratio = checks["latency_ratio"]
     if ratio is not None:
-        cards.append(Card("Latency", percent(ratio), f"{1 / ratio:.2f} times as fast", ratio))
+        note = f"{1 / ratio:.2f} times as fast; 95 % interval {latency_bounds(checks['latency'])}"
+        cards.append(Card("Latency", percent(ratio), note, ratio))
     elif checks["latency"]:
         cards.append(Card("Latency", DASH, "in doubt", None))
     if checks["accuracy_after"] is not None:

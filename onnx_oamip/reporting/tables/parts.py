@@ -112,8 +112,34 @@ def latency_interval(found: Document) -> str:
     measured = [f"{found['rounds']:,} rounds", f"threads {found['threads']}"]
     if found["load"] is not None:
         measured.append(f"load {found['load']:.1f}")
+    return f"{latency_bounds(found)} (95 % interval, {', '.join(measured)})"
+
+
+def latency_bounds(found: Document) -> str:
+    """Writes the 95 % interval of a measured latency.
+
+    Args:
+        found: The ``latency`` of a document.
+
+    Returns:
+        Its two ends as shares of the original's latency, such as "38.1 to 44.0 %".
+    """
     low = percent(found["low"]).rstrip(" %")
-    return f"{low} to {percent(found['high'])} (95 % interval, {', '.join(measured)})"
+    return f"{low} to {percent(found['high'])}"
+
+
+def latency_cell(found: Document | None) -> str:
+    """Writes a measured latency with its interval.
+
+    Args:
+        found: The ``latency`` of a document; None if it was not measured.
+
+    Returns:
+        Such as "40.8 % (38.1 to 44.0 %)"; a dash where it was not measured or is in doubt.
+    """
+    if found is None or found["doubt"]:
+        return percent(None)
+    return f"{percent(found['median'])} ({latency_bounds(found)})"
 
 
 def latency_rows(found: Document) -> Iterator[RenderableType]:
@@ -146,13 +172,12 @@ def point_table(found: Sequence[Document]) -> Table:
     if found and all(point["accuracy"] is None for point in found):
         qualities.remove("accuracy")
     words = (f">{name}" for name in qualities)
-    table = grid(">MACs asked", ">kept", ">params", ">bytes", *words, ">error", ">latency")
+    table = grid(">MACs asked", ">kept", ">params", ">bytes", *words, ">error", ">latency (95 %)")
     for point in found:
         shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
         right = (percent(point[key], digits=2) for key in qualities)
         error = number(point["output_relative_error"])
-        latency = percent(point["latency_ratio"])
-        table.add_row(*shares, *right, error, latency)
+        table.add_row(*shares, *right, error, latency_cell(point["latency"]))
     return table
 
 
