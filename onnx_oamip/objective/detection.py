@@ -216,6 +216,7 @@ def _as(
         form="auto",
         threshold=None,
         tail="",
+        fill=tails.fill(term.tensor) if kind == "values" else None,
     )
     if kind == "ignore":
         return plain

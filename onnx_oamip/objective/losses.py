@@ -110,7 +110,8 @@ def _sum(term: Term, truth: Array, found: Array) -> Floats:
     elif term.kind == "embedding":
         decisions = float(angle(old, new).sum()) / term.scale.spread
     if term.kind in ("values", "ambiguous"):
-        values = float((squared_error(old, new) / term.scale.variance).sum()) / max(old.shape[1], 1)
+        error = squared_error(term.values(truth), term.values(found)) / term.scale.variance
+        values = float(error.sum()) / max(old.shape[1], 1)
     return np.asarray([decisions, values, len(old)])
 
 

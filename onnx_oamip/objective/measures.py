@@ -8,7 +8,7 @@ points of:
 - ``binary``: accuracy with labels (balanced accuracy where fewer than ``RARE`` of them are positive); else the worst of
   agreement, recall and precision of decisions;
 - ``values``: squared error over the variance about the mean, in the worst column;
-- ``embedding``: 1 - mean cosine;
+- ``embedding``: 1 - mean cosine, over that of the average vector;
 - ``ambiguous``: the worse of the agreement of decisions and the error over variance;
 - ``exact``: unequal entries.
 
@@ -58,7 +58,7 @@ def promise(term: Term) -> str:
         "classes": "agreement with the original's classes",
         "binary": "agreement, recall and precision of decisions",
         "values": "error over variance, worst column",
-        "embedding": "mean cosine",
+        "embedding": "1 - mean cosine over that of the average vector",
         "ambiguous": "agreement of the largest column, or error over variance, whichever is worse",
         "exact": "equal entries",
     }[term.kind]
@@ -325,8 +325,8 @@ class _Values(_Counter):
         new: Array,
         labels: Array | None,  # noqa: ARG002
     ) -> None:
-        before = self.term.rows(old)
-        after = self.term.rows(new)
+        before = self.term.values(old)
+        after = self.term.values(new)
         known = np.isfinite(before)
         if after.shape == before.shape:
             error = squared_error(before, after)
@@ -393,10 +393,19 @@ class _Cosines(_Counter):
         self.sums["cosine"] = np.concatenate([self.sums.get("cosine", np.zeros(0)), cosine])
 
     def result(self) -> Measure:
+        assert self.term.scale is not None, "the objective has no scales yet"
         cosine = self.sums.get("cosine", np.zeros(0))
-        mean = float(cosine.mean()) if cosine.size else None
-        low = float(np.percentile(cosine, 1)) if cosine.size else None
-        return self.measure("mean cosine", mean, {"cosine": mean, "cosine_1st_percentile": low})
+        if not cosine.size:
+            return self.measure("1 - cosine over its spread", None, {"cosine": None})
+        mean = float(cosine.mean())
+        # Vectors that all point nearly the same way have cosines near 1 whatever was lost.
+        error = (1 - mean) / self.term.scale.spread
+        values = {
+            "cosine": mean,
+            "cosine_1st_percentile": float(np.percentile(cosine, 1)),
+            "error_over_spread": error,
+        }
+        return self.measure("1 - cosine over its spread", 1 - error, values)
 
 
 class _Equal(_Counter):

@@ -75,7 +75,7 @@ class Normaliser:
                     f"the model's output '{term.output}' is NaN or infinite on some of this data, so no loss can be "
                     "measured; leave out the samples at which it is, or prune the model in float32."
                 )
-            sums.update(rows)
+            sums.update(rows, term.values(array))
 
     def merge(self, other: Normaliser) -> None:
         """Add all batches of another normaliser.
@@ -115,8 +115,10 @@ class _Sums:
             [] if reader is None else [reader(term, form) for form in forms]
         )
 
-    def update(self, rows: Floats) -> None:
-        for statistic in (self.moments, self.direction, *self.answers):
+    def update(self, rows: Floats, values: Floats) -> None:
+        if self.moments is not None:
+            self.moments.update(values)
+        for statistic in (self.direction, *self.answers):
             if statistic is not None:
                 statistic.update(rows)
 

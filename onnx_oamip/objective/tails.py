@@ -16,7 +16,7 @@ import numpy as np
 from onnx_oamip.core.records import Node
 from onnx_oamip.core.records.objective import Form, Kind, Term
 from onnx_oamip.graph.ops import Trait, has, kinds
-from onnx_oamip.graph.ops.compositions import mixture, sigmoid, softmax, unit_vectors
+from onnx_oamip.graph.ops.compositions import mask_fill, mixture, sigmoid, softmax, unit_vectors
 from onnx_oamip.objective.structure import DEPTH, Graph, Origin
 
 OPEN: tuple[Kind, ...] = ("ambiguous", "values")
@@ -104,7 +104,20 @@ class Tails:
             place = self.graph.channel_axis(tensor)
         else:
             place = axis
-        return Term("", "", tensor, kind, place, form=form, tail=tail)
+        masked = self.fill(tensor) if kind in OPEN else None
+        return Term("", "", tensor, kind, place, form=form, tail=tail, fill=masked)
+
+    def fill(self, tensor: str) -> float | None:
+        """Find the number that a mask puts into a tensor, or adds to it.
+
+        Args:
+            tensor: Name of a floating-point tensor.
+
+        Returns:
+            The number, such as -1e9; None where no mask of large numbers is applied.
+        """
+        node = self.graph.trace(tensor).node
+        return None if node is None else mask_fill(self.graph, node, self.learnt)
 
     def _classes(self, origin: Origin, node: Node) -> list[Term]:
         found = softmax(self.graph, node)

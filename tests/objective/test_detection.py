@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -488,6 +489,36 @@ def test_output_patterns_are_detected(name: str, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- several outputs, subgraphs
+
+
+MASKED = "(float[N, 5, 6] x, bool[N, 5, 1] m) => (float[N, 5, 4] y) <float[6, 4] w> {{ l = MatMul(x, w) {} }}"
+
+
+@pytest.mark.parametrize(
+    ("tail", "fill"),
+    [
+        ("y = Where(m, l, {-1e9})", -1e9),
+        ("t = Where(m, l, {3e4}) y = Transpose<perm = [0, 2, 1]>(t)", 3e4),
+        ("f = Cast<to = 1>(m) p = Mul(f, {-1e4}) y = Add(p, l)", -1e4),
+        ("f = Cast<to = 1>(m) p = Mul(f, {1e30}) y = Sub(l, p)", -1e30),
+        ("p = Where(m, {0.0}, {-6e4}) y = Add(l, p)", -6e4),
+        ("y = Where(m, l, {0.0})", None),
+        ("f = Cast<to = 1>(m) p = Mul(f, {2.0}) y = Add(l, p)", None),
+        ("r = Relu(l) p = Mul(r, {1e4}) y = Add(l, p)", None),
+    ],
+)
+def test_large_numbers_of_a_mask_are_no_values(
+    tail: str, fill: float | None, tmp_path: Path
+) -> None:
+    numbers = re.findall(r"\{([^}]*)\}", tail)
+    named = re.sub(r"\{([^}]*)\}", lambda found: f"c{numbers.index(found[1])}", tail)
+    constants = " ".join(
+        f"c{i} = Constant<value_float = {number}>()" for i, number in enumerate(numbers)
+    )
+    model = load(build(MASKED.format(f"{constants} {named}")), tmp_path)
+    for objective in (detect(model), detect(model, task="values")):
+        (term,) = objective.terms
+        assert term.fill == (None if fill is None else pytest.approx(fill))
 
 
 def test_parts_are_named_after_their_output(tmp_path: Path) -> None:

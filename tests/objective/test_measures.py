@@ -18,6 +18,7 @@ from onnx_oamip.objective import (
     Objective,
     Part,
     Term,
+    compare,
 )
 
 CLASSES = Term("c", "c", "c", "classes", 1, form="logits")
@@ -302,19 +303,70 @@ def test_part_of_a_tensor_is_measured_alone() -> None:
 # ------------------------------------------------------------------------------------------------------------ the rest
 
 
-def test_embedding_agreement_is_the_cosine() -> None:
+def _directions(vectors: Array) -> Array:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_embedding_agreement_is_the_cosine_over_its_spread() -> None:
     rng = np.random.default_rng(0)
     truth = rng.standard_normal((200, 8))
     found = truth + rng.standard_normal((200, 8))
-    cosine = (truth * found).sum(1) / np.linalg.norm(truth, axis=1) / np.linalg.norm(found, axis=1)
+    cosine = (_directions(truth) * _directions(found)).sum(axis=1)
+    spread = 1 - np.linalg.norm(_directions(truth).mean(axis=0))
     result = measured(EMBEDDING, truth, found)
+    assert result.values["error_over_spread"] == pytest.approx((1 - cosine.mean()) / spread)
     assert result.values["cosine"] == pytest.approx(cosine.mean())
     assert result.values["cosine_1st_percentile"] == pytest.approx(np.percentile(cosine, 1))
     assert (result.measure, result.lost) == (
-        "mean cosine",
-        pytest.approx(100 * (1 - cosine.mean())),
+        "1 - cosine over its spread",
+        pytest.approx(100 * (1 - cosine.mean()) / spread),
     )
     assert measured(EMBEDDING, truth, -truth).lost == 100.0
+
+
+def test_average_vector_loses_everything_where_all_vectors_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.asarray([9.0, 0.0, 0.0, 0.0]) + rng.standard_normal((300, 4))
+    average = np.broadcast_to(_directions(truth).mean(axis=0), truth.shape)
+    result = measured(EMBEDDING, truth, average)
+    assert result.values["cosine"] > 0.97
+    assert result.lost == pytest.approx(100)
+
+
+@pytest.mark.parametrize("fill", [-1e9, 1e9, -1e4])
+def test_masked_entries_are_no_values(fill: float) -> None:
+    """The variance is that of the entries that no mask covers."""
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((300, 3))
+    found = truth + rng.standard_normal((300, 3)) / 2
+    covered = rng.random((300, 3)) < 0.4
+    term = replace(VALUES, fill=fill)
+    kept = ~covered
+    wanted = [
+        np.square(found - truth)[kept[:, c], c].mean() / truth[kept[:, c], c].var()
+        for c in range(3)
+    ]
+    result = measured(term, np.where(covered, fill, truth), np.where(covered, fill, found))
+    assert result.columns == pytest.approx(tuple(wanted))
+    # A mask that is added leaves a rounding of the large number, which differs in both.
+    rounded = np.where(covered, np.round(fill + found, -1), found)
+    assert measured(term, np.where(covered, fill, truth), rounded).columns == pytest.approx(
+        tuple(wanted)
+    )
+
+
+def test_loss_of_masked_values_is_that_of_the_entries_without_a_mask() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((400, 2))
+    found = truth + rng.standard_normal((400, 2))
+    covered = np.zeros((400, 2), bool)
+    covered[::2] = True
+    objective = scaled([replace(VALUES, fill=-1e9)], [np.where(covered, -1e9, truth)])
+    whole = compare(
+        objective, [np.where(covered, -1e9, truth)], [np.where(covered, -1e9, found)]
+    ).total
+    error = np.square(found - truth)[1::2].mean(axis=0) / truth[1::2].var(axis=0)
+    assert whole == pytest.approx(error.mean() / 2)  # half of all positions
 
 
 def test_integer_agreement_is_the_share_of_equal_entries() -> None:

@@ -813,7 +813,8 @@ def test_measure_of_max_drop_is_stated_for_every_term() -> None:
     found = drop_search.bounded(_judged("classes", "binary", "values", "embedding", "ignore"), None)
     assert found == (
         "`max_drop` bounds points of agreement with the original's classes of 'y0'; agreement, recall and precision of "
-        "decisions of 'y1'; error over variance, worst column of 'y2'; mean cosine of 'y3'"
+        "decisions of 'y1'; error over variance, worst column of 'y2'; 1 - mean "
+        "cosine over that of the average vector of 'y3'"
     )
     labelled = Objective((replace(_judged("classes").terms[0], labelled=True),))
     assert drop_search.bounded(labelled, None) == "`max_drop` bounds points of accuracy of 'y0'"

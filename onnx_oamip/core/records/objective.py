@@ -66,6 +66,7 @@ class Term:
     between the tensor and the output; ``assumption``: what was assumed, and the option that says otherwise;
     ``decided``: the output is made of decisions about the tensor, as ArgMax gives them;
     ``least``: the decision takes the least value, as ArgMin does, so that rows are negated;
+    ``fill``: the large number that stands for masked entries, such as -1e9 in logits of padding; None without a mask;
     ``labelled``: the labels of the data belong to this term; ``balanced``: rare positives weigh as much as the rest;
     ``scale``: None before the original's outputs were seen.
     """
@@ -88,6 +89,7 @@ class Term:
     scale: Scale | None = None
     stacked: tuple[int, ...] = ()
     least: bool = False
+    fill: float | None = None
 
     @property
     def normaliser(self) -> float | None:
@@ -111,6 +113,21 @@ class Term:
         columns = math.prod(values.shape[values.ndim - self._column_axes(values) :])
         rows = values.astype(np.float64).reshape(-1, columns)
         return -rows if self.least else rows
+
+    def values(self, array: Array) -> Floats:
+        """Return the term's part of a tensor as values, in which masked entries are no numbers.
+
+        Args:
+            array: The tensor that the term compares, of one batch.
+
+        Returns:
+            As :meth:`rows`, with minus infinity for entries beyond half of ``fill``: a computed mask adds it to them.
+        """
+        rows = self.rows(array)
+        if self.fill is None:
+            return rows
+        with np.errstate(invalid="ignore"):
+            return np.where(rows / self.fill > 0.5, -np.inf, rows)
 
     def positions(self, array: Array) -> tuple[int, ...]:
         """Return the lengths of the axes that the rows of :meth:`rows` run over.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops.handles import Reader
 
@@ -9,6 +12,8 @@ LENGTH_WRAPPERS = frozenset(
     {"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"}
 )
 """Operators between a vector's length and the division by it."""
+LARGE = 1e3
+"""Size of a constant from which it stands for masked entries."""
 
 
 def sigmoid(graph: Reader, node: Node) -> str | None:
@@ -139,6 +144,34 @@ def mixture(graph: Reader, tensor: str) -> int | None:
         keeps = bool(node.attrs.get("keepdims", 1))
         return axis if keeps or reduced > axis else axis - 1
     return None
+
+
+def mask_fill(graph: Reader, node: Node, is_learnt: Callable[[str], bool]) -> float | None:
+    """Find the number that a mask puts into a tensor, or adds to it.
+
+    Args:
+        graph: The graph.
+        node: The node that makes the tensor.
+        is_learnt: Test for tensors that depend on a layer, which are no masks.
+
+    Returns:
+        The number, such as -1e9; None where no mask of large numbers is applied.
+    """
+    if node.op == "Where":
+        return _large(graph, node.inputs[1:])
+    if node.op not in ("Add", "Sub") or all(is_learnt(name) for name in node.inputs):
+        return None
+    mask = next(name for name in node.inputs[::-1] if not is_learnt(name))
+    made = graph.maker(_unwrapped(graph, mask))
+    added = _large(graph, made.inputs) if made is not None and made.op in ("Mul", "Where") else None
+    is_subtracted = node.op == "Sub" and mask == node.inputs[1]
+    return -added if added is not None and is_subtracted else added
+
+
+def _large(graph: Reader, names: Iterable[str]) -> float | None:
+    """The first constant that is one finite number too large for an activation."""
+    numbers = (graph.number(name) for name in names)
+    return next((n for n in numbers if n is not None and LARGE <= abs(n) < math.inf), None)
 
 
 def normalised(graph: Reader, node: Node) -> bool:
