@@ -171,3 +171,36 @@ tokens("softmax-over-tokens", "Softmax", "r = Softmax<axis = 1>(h)", 6 + 7)
 tokens("softmax-opset-11", "Softmax", "r = Softmax<axis = 1>(h)", 6, "", _NORMALISED, 11)
 tokens("log-softmax", "LogSoftmax", "r = LogSoftmax(h)", 6, "", _NORMALISED)
 tokens("hardmax", "Hardmax", "r = Hardmax(h)", 6, "", _NORMALISED)
+
+# -------------------------------------------------------------------------------------- order of positions
+
+for _reverse, _exclusive in ((0, 0), (1, 0), (0, 1)):
+    tokens(
+        f"running-sum-of-tokens-{_reverse}-{_exclusive}",
+        "CumSum",
+        f"r = CumSum<reverse = {_reverse}, exclusive = {_exclusive}>(h, axis)",
+        6 + 7,
+        "int64 axis = {-2}",
+    )
+tokens(
+    "running-sum-of-channels",
+    "CumSum",
+    "r = CumSum(h, axis)",
+    6,
+    "int64 axis = {2}",
+    "sums along it",
+)
+tokens(
+    "running-sum-along-a-computed-axis",
+    "CumSum",
+    "s = Shape<start = 1, end = 2>(x)  i = Mod(s, two)  q = Squeeze(i)  v = Add(q, one)  r = CumSum(h, v)",
+    6 + 7,
+    "int64[1] two = {2}, int64 one = {1}",
+)
+tokens(
+    "reversed-tokens",
+    "ReverseSequence",
+    "s = Shape<end = 1>(x)  n = Expand(three, s)  r = ReverseSequence<batch_axis = 0, time_axis = 1>(h, n)",
+    6 + 7,
+    "int64[1] three = {3}",
+)

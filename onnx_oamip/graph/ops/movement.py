@@ -337,6 +337,30 @@ def _pad(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
+# --------------------------------------------------------------------------------------------------- order of positions
+
+
+def _running_sum(node: Node, labels: Labels) -> None:
+    name = node.inputs[0]
+    axes = labels.axes(name)
+    axis = labels.constant(node.inputs[1])
+    if axis is None or labels.shape(name) is None:
+        opaque(node, labels, f"{node} takes its axis from a computation")
+        return
+    labels.pin(axes[int(axis.reshape(-1)[0])], f"{node} sums along it")
+    labels.set(node.outputs[0], axes)
+
+
+def _reverse(node: Node, labels: Labels) -> None:
+    axes = labels.axes(node.inputs[0])
+    for attribute, usual in (("batch_axis", 1), ("time_axis", 0)):
+        place = int(node.attrs.get(attribute, usual))
+        if place < len(axes):
+            labels.pin(axes[place], f"{node} reverses along it")
+    labels.pin_all(node.inputs[1], f"{node} takes lengths from it")
+    labels.set(node.outputs[0], axes)
+
+
 # -------------------------------------------------------------------------------------------------- contiguous ranges
 
 
@@ -467,4 +491,6 @@ SPECS = (
     OpSpec("Slice", _slice, edit=EditRules(_slice_repair), traits=Trait.SLICES),
     OpSpec("Gather", _gather, edit=EditRules(_gather_repair)),
     OpSpec("Pad", _pad),
+    OpSpec("CumSum", _running_sum),
+    OpSpec("ReverseSequence", _reverse),
 )

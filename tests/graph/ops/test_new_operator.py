@@ -21,32 +21,36 @@ from onnx_oamip.graph.ops.spec import OpSpec, Trait
 CHANNELS = 6
 
 
-def _running_sum(node: Node, labels: Labels) -> None:
-    """Step 1. CumSum: axes pass through, and the summed one must keep its order and its length."""
+def _triangle(node: Node, labels: Labels) -> None:
+    """Step 1. Trilu: axes pass through, and the two of the triangle must keep their order and their length."""
     axes = labels.axes(node.inputs[0])
-    axis = labels.constant(node.inputs[1])
-    if axis is None:
-        ops.opaque(node, labels, f"{node} takes its axis from a computation")
+    if len(axes) < 2:
+        ops.opaque(node, labels, f"{node} reads a tensor of unknown shape")
         return
-    labels.pin(axes[int(axis)], f"{node} sums along it")
+    for axis in axes[-2:]:
+        labels.pin(axis, f"{node} takes a triangle of it")
     labels.set(node.outputs[0], axes)
 
 
-ENTRY = OpSpec("CumSum", _running_sum, since=11, traits=Trait.PIECEWISE)
+ENTRY = OpSpec("Trilu", _triangle, since=14, traits=Trait.PIECEWISE)
 """Step 2."""
 
 
 def _network(axis: int) -> onnx.ModelProto:
+    """Two convolutions, with the triangle between them in a layout that has the channels at this axis."""
     rng = np.random.default_rng(0)
     weights = {
         "w": rng.normal(size=(CHANNELS, 3, 3, 3)).astype(np.float32),
         "v": rng.normal(size=(2, CHANNELS, 1, 1)).astype(np.float32),
-        "axis": np.asarray(axis, np.int64),
     }
+    order = [0, 2, 3]
+    order.insert(axis, 1)
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["h"], "first"),
-        helper.make_node("CumSum", ["h", "axis"], ["s"], "sums"),
-        helper.make_node("Conv", ["s", "v"], ["y"], "last"),
+        helper.make_node("Transpose", ["h"], ["t"], "there", perm=order),
+        helper.make_node("Trilu", ["t"], ["s"], "triangle"),
+        helper.make_node("Transpose", ["s"], ["b"], "back", perm=np.argsort(order).tolist()),
+        helper.make_node("Conv", ["b", "v"], ["y"], "last"),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 6, 6])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2, 4, 4])
@@ -57,10 +61,10 @@ def _network(axis: int) -> onnx.ModelProto:
 
 def test_unknown_operator_pins_the_channels_it_reads(tmp_path: Path) -> None:
     assert ops.lookup("", ENTRY.name, 17) is None
-    assert couple(load(_network(3), tmp_path)).n_units == 0
+    assert couple(load(_network(1), tmp_path)).n_units == 0
 
 
-@pytest.mark.parametrize(("axis", "units"), [(3, CHANNELS), (2, CHANNELS), (1, 0)])
+@pytest.mark.parametrize(("axis", "units"), [(1, CHANNELS), (2, 0), (3, 0)])
 def test_operator_needs_one_table_entry_only(
     axis: int, units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,19 +74,19 @@ def test_operator_needs_one_table_entry_only(
     coupling = couple(model)
     assert coupling.n_units == units
     if not units:
-        assert any("sums along it" in pinned.reason for pinned in coupling.pinned)
+        assert any("takes a triangle" in pinned.reason for pinned in coupling.pinned)
         return
     keep = random_keep(coupling, np.random.default_rng(1), 0.5)
     assert 0 < keep.sum() < units
     cut = assert_exact(model, coupling, keep, 1e-5, (1, 3))
     (weight,) = (t for t in cut.graph.initializer if list(t.dims)[1:] == [3, 3, 3])
     assert weight.dims[0] == keep.sum()
-    assert ops.has(model.nodes[1], Trait.PIECEWISE)
+    assert ops.has(model.nodes[2], Trait.PIECEWISE)
     assert not ops.has(model.nodes[0], Trait.PIECEWISE)
 
 
 def test_entries_with_overlapping_versions_are_refused() -> None:
-    with pytest.raises(ValueError, match="two entries for operator CumSum cover the same versions"):
+    with pytest.raises(ValueError, match="two entries for operator Trilu cover the same versions"):
         ops._index((ENTRY, ENTRY))
 
 
