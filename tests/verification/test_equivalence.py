@@ -274,6 +274,37 @@ def test_rounding_larger_than_the_outputs_proves_nothing(tmp_path: Path) -> None
         equivalence.prove(model, model.proto, wrong, found, 32)
 
 
+QUANTISED = """(float[N, 4] x) => (float[N, 3] y)
+<float[4, 3] w, float s = {0.1}, uint8 z = {128}, float[3, 3] v> {
+    a = MatMul(x, w)
+    q = QuantizeLinear(a, s, z)
+    d = DequantizeLinear(q, s, z)
+    y = MatMul(d, v)
+}"""
+
+
+@pytest.mark.parametrize(("step", "holds"), [(2e-7, True), (2e-3, False)])
+def test_code_near_a_tie_is_no_difference(step: float, holds: bool, tmp_path: Path) -> None:
+    """A weight moved by rounding makes another code of a number between two; one moved further is a wrong cut."""
+    proto = build(QUANTISED)
+    weight = np.zeros((4, 3), np.float32)
+    weight[0] = [0.25, 0.5, 1.0]
+    proto = _changed(_changed(proto, "w", weight), "v", np.eye(3, dtype=np.float32))
+    model = load(proto, tmp_path)
+    x = np.zeros((6, 4), np.float32)
+    x[:, 0] = np.float32(0.1) * np.asarray([1, 3, 5, 7, 9, 11], np.float32) / 2 / np.float32(0.5)
+    moved = _changed(model.proto, "w", weight * np.float32(1 + step))
+    found = _samples(model, {"x": x})
+    sessions = [Session(p, "cpu", exact=True) for p in (model.proto, moved)]
+    assert _apart(*sessions, found, 6) > 100 * equivalence.TOLERANCE  # a whole code
+    if not holds:
+        with pytest.raises(GateFailed, match="differs from the masked original"):
+            equivalence.prove(model, model.proto, moved, found, 6)
+        return
+    proof = equivalence.prove(model, model.proto, moved, found, 6)
+    assert proof.rounding == proof.distance > 100 * equivalence.TOLERANCE
+
+
 def test_every_output_is_checked_separately(tmp_path: Path) -> None:
     """A large output must not hide what is wrong in a small one."""
     text = """(float[N,6] x) => (float[N,4] y, float[N,4] z) <float[6,4] w, float[6,4] v, float far = {1e6}> {
