@@ -412,6 +412,13 @@ def _why_uncounted(node: Node, model: Model) -> str:
         if missing:
             return "its shapes are not known before it runs"
         return ""
+    if node.domain == kinds.BLOCKED_LAYOUT:
+        if not any(part in node.op for part in kinds.LINEAR_KERNELS):
+            return ""
+        return (
+            "its weights have the layout of one processor; save it at ONNX Runtime's optimisation level 'extended', "
+            "or give the one before"
+        )
     if node.domain not in kinds.DESCRIBED_DOMAINS:
         return "the operator is not known"
     multiplies = node.op in kinds.LINEAR_MODELS or any(

@@ -137,6 +137,17 @@ def test_operators_that_are_not_counted_are_named(tmp_path: Path) -> None:
     assert cost.count(model).macs == 40
 
 
+def test_layout_of_one_processor_is_stated_with_the_remedy(tmp_path: Path) -> None:
+    text = """(float[N,8,6,6] x) => (float[N,8,6,6] y) <float[8,8,3,3] w> {
+        a = com.microsoft.nchwc.ReorderInput(x)
+        b = com.microsoft.nchwc.Conv<pads = [1, 1, 1, 1]>(a, w)
+        y = com.microsoft.nchwc.ReorderOutput<channels = 8>(b)
+    }"""
+    (found,) = cost.uncounted(_counted(text, tmp_path, com_microsoft_nchwc=1))
+    assert found.operator == "com.microsoft.nchwc::Conv"
+    assert "optimisation level 'extended'" in found.reason
+
+
 def test_operator_of_the_standard_that_reads_a_table_does_no_products(tmp_path: Path) -> None:
     text = """(float[N,5] x, bool[4] chosen) => (float[N,3] y, float[k,6] z) <float[5,3] w, float[4,6] table> {
         y = MatMul(x, w)  z = Compress <axis = 0> (table, chosen) }"""

@@ -1,5 +1,8 @@
 """Operators into which ONNX Runtime's optimisers fuse a layer and what follows it, written out in the parts they fuse.
 
+Operators on codes, which its quantiser writes for those of real numbers, are written out as the latter between
+DequantizeLinear and QuantizeLinear.
+
 A file that an optimiser saved is pruned and refitted like the file before it: channels, costs and refits of the parts
 are known, and ONNX Runtime fuses them again when it loads the result. Operators that fuse nothing linear, or that are
 one linear operator themselves, have entries in the table instead.
@@ -398,6 +401,91 @@ def _bias_add(parts: _Parts) -> bool:
     return True
 
 
+# ------------------------------------------------------------------------------------------ operators on codes
+
+_SCALES_BY_AXIS = 13
+"""Opset from which a scale may have an axis."""
+_SOFTMAX_OF_ONE_AXIS = 13
+"""Opset from which Softmax normalises one axis."""
+
+
+def _real(parts: _Parts, slot: int, axis: int | None = None) -> str:
+    """Real numbers of the codes in an input, whose scale and zero point are the two inputs behind it."""
+    read = [parts.input(i) for i in range(slot, slot + 3)]
+    return parts.add("DequantizeLinear", [name for name in read if name], axis=axis)
+
+
+def _encoded(parts: _Parts, source: str, slot: int) -> bool:
+    """Append the output: codes by the scale and the zero point in two inputs; False where the latter is absent."""
+    if not parts.input(slot + 1):
+        return False  # it alone says whether codes have a sign
+    parts.add("QuantizeLinear", (source, parts.input(slot), parts.input(slot + 1)), parts.output(0))
+    return True
+
+
+def _of_two_codes(op: str) -> Callable[[_Parts], bool]:
+    """QLinearAdd, QLinearMul: an operator of two tensors of codes."""
+
+    def write(parts: _Parts) -> bool:
+        return _encoded(parts, parts.add(op, (_real(parts, 0), _real(parts, 3))), 6)
+
+    return write
+
+
+def _of_codes(op: str, *names: str) -> Callable[[_Parts], bool]:
+    """QLinearSigmoid and others: an operator of one tensor of codes, with these attributes."""
+
+    def write(parts: _Parts) -> bool:
+        if parts.numeric("channels_last", 0):
+            return False
+        given: dict[str, Any] = {name: parts.attrs.get(name) for name in names}
+        return _encoded(parts, parts.add(op, (_real(parts, 0),), **given), 3)
+
+    return write
+
+
+def _softmax_of_codes(parts: _Parts) -> bool:
+    axis = int(parts.numeric("axis", -1))
+    written_for = parts.numeric("opset", parts.version)
+    if axis != -1 and min(written_for, parts.version) < _SOFTMAX_OF_ONE_AXIS:
+        return False
+    return _encoded(parts, parts.add("Softmax", (_real(parts, 0),), axis=axis), 3)
+
+
+def _concat_of_codes(parts: _Parts) -> bool:
+    joined = [_real(parts, slot) for slot in range(2, len(parts.node.input), 3)]
+    return _encoded(parts, parts.add("Concat", joined, axis=parts.attrs.get("axis")), 0)
+
+
+def _product_of_codes(parts: _Parts) -> bool:
+    """QGemm: a Gemm of codes, whose bias counts in the product of both scales."""
+    factor = parts.numeric("alpha", 1.0)
+    has_axis = parts.rank(parts.input(4)) > 0
+    if factor != 1.0 or (has_axis and parts.version < _SCALES_BY_AXIS):
+        return False
+    turned: dict[str, Any] = {name: int(parts.numeric(name, 0)) for name in ("transA", "transB")}
+    column = 1 - turned["transB"] if has_axis else None
+    operands = [_real(parts, 0), _real(parts, 3, column)]
+    if parts.input(6):
+        scale = parts.add("Mul", (parts.input(1), parts.input(4)))
+        place = 0 if has_axis else None
+        operands.append(parts.add("DequantizeLinear", (parts.input(6), scale), axis=place))
+    if not parts.input(7):
+        parts.add("Gemm", operands, parts.output(0), **turned)
+        return True
+    return _encoded(parts, parts.add("Gemm", operands, **turned), 7)
+
+
+_POOLING = (
+    "auto_pad",
+    "ceil_mode",
+    "count_include_pad",
+    "dilations",
+    "kernel_shape",
+    "pads",
+    "strides",
+)
+
 _WRITERS: Mapping[tuple[str, str], Callable[[_Parts], bool]] = {
     (CONTRIBUTED, "FusedConv"): _convolution,
     (CONTRIBUTED, "FusedGemm"): _product,
@@ -408,6 +496,15 @@ _WRITERS: Mapping[tuple[str, str], Callable[[_Parts], bool]] = {
     (CONTRIBUTED, "BiasGelu"): _biased_gelu,
     (CONTRIBUTED, "FastGelu"): _biased_fast_gelu,
     (CONTRIBUTED, "BiasAdd"): _bias_add,
+    (CONTRIBUTED, "QLinearAdd"): _of_two_codes("Add"),
+    (CONTRIBUTED, "QLinearMul"): _of_two_codes("Mul"),
+    (CONTRIBUTED, "QLinearSigmoid"): _of_codes("Sigmoid"),
+    (CONTRIBUTED, "QLinearLeakyRelu"): _of_codes("LeakyRelu", "alpha"),
+    (CONTRIBUTED, "QLinearGlobalAveragePool"): _of_codes("GlobalAveragePool"),
+    (CONTRIBUTED, "QLinearAveragePool"): _of_codes("AveragePool", *_POOLING),
+    (CONTRIBUTED, "QLinearSoftmax"): _softmax_of_codes,
+    (CONTRIBUTED, "QLinearConcat"): _concat_of_codes,
+    (CONTRIBUTED, "QGemm"): _product_of_codes,
     ("", "LayerNormalization"): _layer_normalization,
     ("", "SimplifiedLayerNormalization"): _root_mean_square,
 }

@@ -56,6 +56,8 @@ STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 """Names of ONNX's own domain."""
 DESCRIBED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains whose operators are known by their names, those without an entry among them."""
+BLOCKED_LAYOUT = "com.microsoft.nchwc"
+"""Domain of convolutions whose weights ONNX Runtime has laid out in blocks for one processor."""
 GROWING = frozenset(
     {
         "BlackmanWindow",

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from cases_quantized import codes, gains
 from graphs import assert_exact, build, distance, feed, load, random_keep
 
 from onnx_oamip.core.records import Array
@@ -173,6 +174,126 @@ NETWORKS = [
         8,
         _TOKENS_MACS,
         domain="",
+    ),
+]
+_FORMAT = "float s = {0.02}, uint8 z = {120}, float t = {0.05}, uint8 o = {90}"
+
+
+def _coded(body: str, weights: str = "") -> str:
+    """Features in codes ``q`` and ``p`` between float layers; the operator gives the codes ``r``."""
+    return f"""(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[5,8] w2, float[8,3] w3, {_FORMAT}{weights}> {{
+        h = MatMul(x, w1)
+        k = MatMul(x, w2)
+        q = QuantizeLinear(h, s, z)
+        p = QuantizeLinear(k, t, o)
+        {body}
+        d = DequantizeLinear(r, t, o)
+        y = MatMul(d, w3)
+    }}"""
+
+
+def _coded_image(body: str) -> str:
+    return f"""(float[N,3,6,6] x) => (float[N,4] y) <float[8,3,3,3] w1, float[8,4] w2, {_FORMAT}> {{
+        h = Conv<pads = [1, 1, 1, 1]>(x, w1)
+        q = QuantizeLinear(h, s, z)
+        {body}
+        d = DequantizeLinear(r, t, o)
+        g = ReduceMax<axes = [2, 3], keepdims = 0>(d)
+        y = MatMul(g, w2)
+    }}"""
+
+
+_CODED_MACS = 40 + 40 + 24
+_CODES = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_POOLED_MACS = 36 * 8 * 27 + 32
+_MATRIX = f", {codes('int8', 'wq', 8, 8)}, {codes('int32', 'bq', 8, low=-900, high=900)}"
+NETWORKS += [
+    Network(
+        f"QLinear{op}",
+        _coded(f"r = com.microsoft.QLinear{op}(q, s, z, p, t, o, t, o)"),
+        _CODES | {op},
+        8,
+        _CODED_MACS,
+    )
+    for op in ("Add", "Mul")
+]
+NETWORKS += [
+    Network(
+        f"QLinear{op}",
+        _coded(
+            f"m = com.microsoft.QLinear{op}{attributes}(q, s, z, t, o)"
+            " r = com.microsoft.QLinearAdd(m, t, o, p, t, o, t, o)"
+        ),
+        _CODES | {op, "Add"},
+        8,
+        _CODED_MACS,
+    )
+    for op, attributes in (("Sigmoid", ""), ("LeakyRelu", "<alpha = 0.2>"))
+]
+NETWORKS += [
+    Network(
+        "QLinearConcat",
+        _coded("r = com.microsoft.QLinearConcat<axis = 1>(t, o, q, s, z, p, t, o)").replace(
+            "float[8,3] w3", "float[16,3] w3"
+        ),
+        _CODES | {"Concat"},
+        8 + 8,
+        40 + 40 + 48,
+    ),
+    Network(
+        "QLinearSoftmax",
+        _coded(
+            "m = com.microsoft.QLinearSoftmax<axis = -1, opset = 17>(p, t, o, f, n)"
+            " r = com.microsoft.QLinearMul(q, s, z, m, f, n, t, o)",
+            ", float f = {0.00390625}, uint8 n = {0}",
+        ),
+        _CODES | {"Softmax", "Mul"},
+        0,
+        _CODED_MACS,
+    ),
+    Network(
+        "QLinearGlobalAveragePool",
+        _coded_image("r = com.microsoft.QLinearGlobalAveragePool(q, s, z, t, o)"),
+        _CODES | {"GlobalAveragePool"},
+        8,
+        _POOLED_MACS,
+    ),
+    Network(
+        "QLinearAveragePool",
+        _coded_image(
+            "r = com.microsoft.QLinearAveragePool<kernel_shape = [2, 2], strides = [2, 2]>(q, s, z, t, o)"
+        ),
+        _CODES | {"AveragePool"},
+        8,
+        _POOLED_MACS,
+    ),
+    *(
+        Network(
+            "QGemm",
+            _coded(
+                f"g = com.microsoft.QGemm<transB = {turned}>(q, s, z, wq, v, u, bq, t, o)"
+                " r = com.microsoft.QLinearAdd(g, t, o, p, t, o, t, o)",
+                f"{_MATRIX}, {scales}",
+            ),
+            _CODES | {"Gemm", "Add"},
+            8 + 8,
+            _CODED_MACS + 64,
+        )
+        for turned, scales in (
+            (0, "float v = {0.01}, int8 u = {0}"),
+            (0, f"{gains('v', 8)}, {codes('int8', 'u', 8, low=0, high=0)}"),
+            (1, f"{gains('v', 8)}, {codes('int8', 'u', 8, low=0, high=0)}"),
+        )
+    ),
+    Network(
+        "QGemm",
+        _coded(
+            "m = com.microsoft.QGemm(q, s, z, wq, v, u) r = QuantizeLinear(m, t, o)",
+            f"{_MATRIX}, float v = {{0.01}}, int8 u = {{0}}",
+        ).replace("k = MatMul(x, w2)", "k = Identity(h)"),
+        _CODES | {"Gemm"},
+        8 + 8,
+        40 + 64 + 24,
     ),
 ]
 WITHOUT_A_CPU_KERNEL = {(MICROSOFT, "BiasAdd")}
