@@ -50,7 +50,7 @@ from onnx_oamip.graph import (
     random_numbers,
     subgraphs,
 )
-from onnx_oamip.graph.ops import fused, kinds
+from onnx_oamip.graph.ops import fused, kinds, sequences
 from onnx_oamip.graph.runtime import Session, runtime
 from onnx_oamip.graph.shape_folding import fold
 from onnx_oamip.graph.shape_inference import (
@@ -392,6 +392,7 @@ def _conform(name: str, proto: ModelProto) -> tuple[str, ...]:
     except ModelError as error:
         raise ModelError(f"{name} is not a valid ONNX model: {error}") from error
     written_out = fused.write_out(proto)
+    sequences.write_out(proto)
     try:
         onnx.checker.check_model(conformance.with_shapes(external_data.checkable(proto)))
     except Exception as error:
