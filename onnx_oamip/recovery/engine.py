@@ -16,6 +16,7 @@ from onnx_oamip.core.records import Array, Model, Node
 from onnx_oamip.core.records.graph import Body, within
 from onnx_oamip.graph.ops import Trait, has
 from onnx_oamip.graph.outputs import is_float
+from onnx_oamip.recovery.fusion import fused
 from onnx_oamip.recovery.operators import TABLE, Call, Kernel, UnsupportedForm, kernel_of
 from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.parts import ancestors
@@ -113,11 +114,11 @@ class Engine:
             weights: Initialisers to train, such as :func:`trainable` lists.
         """
         self._tensors = list(tensors)
-        self._nodes = ancestors(model, tensors, given)
+        nodes = ancestors(model, tensors, given)
         self._device = device
         self._constants = {
             name: as_tensor(model.constants[name], device)
-            for node in within(self._nodes)
+            for node in within(nodes)
             for name in (*node.inputs, *_returned(node))
             if name and model.is_stored(name)
         }
@@ -126,8 +127,9 @@ class Engine:
             for name, value in self._constants.items()
             if name in weights
         }
-        self._steps = [(node, kernel_of(node), Call(node)) for node in self._nodes]
-        self._last = _last_uses(self._nodes, self._tensors)
+        steps = fused(model, nodes, self._tensors)
+        self._steps = [(node, kernel_of(node), Call(node)) for node in steps]
+        self._last = _last_uses(steps, self._tensors)
 
     def run(self, feed: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute the tensors for one feed.

@@ -99,10 +99,15 @@ class Judge:
 class Best:
     """The best weights so far, by their losses on held-out samples.
 
+    These are the last ones whose losses do not exceed the lowest by more than noise. Held-out samples are few: of
+    losses that rise and fall with single samples, the lowest is often one of the first, by chance, while the rate falls
+    and the average of the weights gains from every step.
+
     Attributes:
         start: Losses of the model before recovery, by sample.
-        patience: Evaluations without a new best after which training stops.
+        patience: Evaluations without new best weights after which training stops.
         curve: Pairs of a step and the mean loss after it.
+        lowest: Losses of lowest mean, by sample; empty before the first evaluation.
         losses: Losses of the best weights, by sample; empty before the first evaluation.
         step: Steps behind the best weights.
         weights: The best weights by name.
@@ -111,6 +116,7 @@ class Best:
     start: Floats
     patience: int
     curve: list[tuple[int, float]] = field(default_factory=list)
+    lowest: Floats = field(default_factory=lambda: np.zeros(0))
     losses: Floats = field(default_factory=lambda: np.zeros(0))
     step: int = 0
     weights: Mapping[str, Array] = field(default_factory=dict)
@@ -121,7 +127,7 @@ class Best:
         return float(self.losses.mean()) if self.losses.size else np.inf
 
     def offer(self, step: int, found: Floats, weights: Mapping[str, Array]) -> None:
-        """Note the losses of a step, and its weights if their mean is the lowest so far.
+        """Note the losses of a step, and its weights unless they are worse than others before.
 
         Args:
             step: Steps done.
@@ -129,25 +135,32 @@ class Best:
             weights: Weights by name.
         """
         self.curve.append((step, float(found.mean())))
-        if found.mean() < self.loss:
+        if not np.isfinite(found).all():
+            return
+        if not self.lowest.size or found.mean() < self.lowest.mean():
+            self.lowest = found
+        if not _is_lower(self.lowest, found):
             self.losses, self.step, self.weights = found, step, weights
 
     @property
     def is_better(self) -> bool:
         """True if the best is better than the start, by more than the differences between samples explain."""
-        if not np.isfinite(self.loss):
-            return False
-        gains = self.start - self.losses
-        if gains.mean() <= LEAST_GAIN * float(self.start.mean()):
-            return False
-        noise = ERRORS * float(gains.std()) / np.sqrt(gains.size)
-        return bool(gains.mean() > noise) or _rank_errors(gains) > ERRORS
+        return bool(self.losses.size) and _is_lower(self.losses, self.start)
 
     @property
     def has_stalled(self) -> bool:
-        """True if the last evaluations found nothing better."""
+        """True if none of the last evaluations gave the best weights."""
         steps = [step for step, _ in self.curve]
         return self.step in steps and len(steps) - 1 - steps.index(self.step) >= self.patience
+
+
+def _is_lower(losses: Floats, others: Floats) -> bool:
+    """True if losses are lower than others of the same samples by more than noise."""
+    gains = others - losses
+    if gains.mean() <= LEAST_GAIN * float(others.mean()):
+        return False
+    noise = ERRORS * float(gains.std()) / np.sqrt(gains.size)
+    return bool(gains.mean() > noise) or _rank_errors(gains) > ERRORS
 
 
 def _rank_errors(gains: Floats) -> float:

@@ -64,10 +64,27 @@ def test_best_is_taken_only_if_it_is_better_than_the_start() -> None:
     assert (best.is_better, best.step, best.weights["w"].tolist()) == (True, 20, [1.0])
     best.offer(30, START - 0.1, {})
     assert not best.has_stalled
-    best.offer(40, START - 0.2, {})
+    best.offer(40, START - 0.15, {})
     assert best.has_stalled
     assert best.step == 20
     assert best.loss == pytest.approx(0.8)
+
+
+def test_later_weights_are_best_unless_they_are_worse_by_more_than_noise() -> None:
+    """Each is compared with the lowest, so that many small rises do not add up."""
+    rng = np.random.default_rng(0)
+    start = rng.uniform(1.0, 2.0, 100)
+    noise = rng.normal(0.0, 0.2, 100)
+    noise -= noise.mean()
+    best = Best(start, 5)
+    best.offer(10, start - 0.5, {"w": np.zeros(1)})
+    best.offer(20, start - 0.49 + noise, {"w": np.ones(1)})
+    assert (best.step, best.loss) == (20, pytest.approx(start.mean() - 0.49))
+    assert best.is_better
+    best.offer(30, start - 0.45 + noise, {})
+    assert best.step == 20
+    best.offer(40, start - 0.49 + noise, {"w": np.ones(1)})
+    assert best.step == 40
 
 
 def test_a_gain_on_one_sample_alone_is_noise() -> None:

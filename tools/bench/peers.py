@@ -81,26 +81,33 @@ def of_onnxsim(name: str, images: np.ndarray[Any, Any]) -> dict[str, Peer]:
 def of_torch_pruning(
     name: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
 ) -> dict[str, Peer]:
-    """Its importances where the network has what they need, with one ratio a layer and ranked over all layers."""
+    """Its importances where the network has what they need, with one ratio a layer and ranked over all layers.
+
+    What an importance needs is computed when the first cut asks for it.
+    """
     net = rebuilt.rebuild(name)
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    kinds: dict[str, tuple[Any, nn.Module]] = {
-        "L2": (tp.importance.GroupMagnitudeImportance(p=2), net),
-        "LAMP": (tp.importance.LAMPImportance(p=2), net),
-        "Taylor": (tp.importance.GroupTaylorImportance(), _taylor(net, x, y)),
-        "Hessian": (tp.importance.GroupHessianImportance(), _hessian(net, x, y)),
-        "activation": _activation(net, x),
+    kinds: dict[str, Callable[[], tuple[Any, nn.Module]]] = {
+        "L2": lambda: (tp.importance.GroupMagnitudeImportance(p=2), net),
+        "LAMP": lambda: (tp.importance.LAMPImportance(p=2), net),
+        "Taylor": lambda: (tp.importance.GroupTaylorImportance(), _taylor(net, x, y)),
+        "Hessian": lambda: (tp.importance.GroupHessianImportance(), _hessian(net, x, y)),
+        "activation": lambda: _activation(net, x),
     }
     if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
-        kinds["BN scale"] = (tp.importance.BNScaleImportance(), net)
+        kinds["BN scale"] = lambda: (tp.importance.BNScaleImportance(), net)
+    prepared = {kind: cache(prepare) for kind, prepare in kinds.items()}
     return {
-        f"Torch-Pruning {kind}, {ranking}": Peer(partial(_cut, *kinds[kind], ranking))
-        for kind in kinds
+        f"Torch-Pruning {kind}, {ranking}": Peer(partial(_cut, prepare, ranking))
+        for kind, prepare in prepared.items()
         for ranking in RANKINGS
     }
 
 
-def _cut(importance: Any, net: nn.Module, ranking: str, ratio: float) -> onnx.ModelProto:
+def _cut(
+    prepare: Callable[[], tuple[Any, nn.Module]], ranking: str, ratio: float
+) -> onnx.ModelProto:
+    importance, net = prepare()
     small = copy.deepcopy(net)
     for old, new in zip(net.parameters(), small.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()

@@ -5,7 +5,7 @@ twice on the same images: once without a recovery, once with it. The recovery ho
 refit and out of the training, and judges by them. More images than the 512 are training images, from ``--fashion DIR``.
 All figures come from the evaluation images, which no step has seen: the accuracy where they have labels, the share of
 first answers that are those of the original, and the mean Kullback-Leibler divergence from its answers in nats.
-``recover_images`` trains EfficientNet-Lite0 on few and on many images; it needs ``--larger DIR``, the folder that
+``recover_images`` trains EfficientNets by budget, images and steps; it needs ``--larger DIR``, the folder that
 ``tools/make_larger_models.py`` fills.
 
 Plans, models and records of the training are kept in a folder inside ``recover`` beside the result, one per state of
@@ -79,7 +79,7 @@ class Case(NamedTuple):
 SMALL = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion")
 CASES = (
     *(Case(name, 0.25, SHIPPED, 400) for name in SMALL),
-    *(Case(name, 0.25, 2000, 400) for name in SMALL),
+    *(Case(name, 0.25, images, 400) for name in SMALL for images in (2000, 5000)),
 )
 
 FINETUNED = "vit-fashion"
@@ -114,8 +114,8 @@ def run(
         recover_peers.finetunes(out, seed, FINETUNED, kept / f"{FINETUNED}.plan.json", rows)
     if LABELLED in shipped and _is_installed("torch_pruning"):
         recover_peers.with_labels(out, seed, shipped[LABELLED])
-    if not names or recover_images.NAME in names:
-        recover_images.run(out, seed, larger, kept)
+    if larger_names := [n for n in recover_images.NAMES if not names or n in names]:
+        recover_images.run(out, seed, larger, kept, larger_names)
     recover_peers.steps(out, seed)
     recover_operators.exactness(out, seed)
     return text

@@ -1,15 +1,18 @@
-"""Recovery from few and from many images: one pruned network, trained for as many steps on each set of images.
+"""Recovery of networks for a thousand classes: by budget, by the number of different images, and by steps.
 
-EfficientNet-Lite0 is pruned to half its MACs and refitted to four fifths of its calibration images. All trainings start
-from this model and are judged by the last fifth. They take the first images of the four fifths, all of them, and with
-them the images that ``tools.composed_images`` makes, from ``efficientnet-lite0.composed.npz`` in the folder of the
-larger networks. Figures come from the crops of other photographs, which no step has seen.
+Every network is pruned to a budget and refitted to four fifths of its calibration images. The trainings of a budget
+start from this model and are judged by the last fifth. They take the first images of the four fifths, all of them, or
+with them the images that ``tools.composed_images`` makes, from ``efficientnet-lite0.composed.npz`` in the folder of the
+larger networks. Figures come from the crops of other photographs, which no step has seen. Rows hold the losses on the
+judging images over the steps besides.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -31,12 +34,38 @@ from onnx_oamip.recovery.recover import Pair
 from .larger import absent
 from .studies import Resumable, Row
 
-NAME = "efficientnet-lite0"
-MACS = 0.5
-STEPS = 400
+NAMES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 FEW = 128
+
+
+class Case(NamedTuple):
+    """A training.
+
+    Attributes:
+        macs: Budget of the pruned model.
+        count: First images of the training part, None for all.
+        with_composed: True to train on the composed images as well.
+    """
+
+    name: str
+    macs: float
+    count: int | None
+    with_composed: bool
+    steps: int
+
+
+CASES = (
+    Case(NAMES[0], 0.5, None, False, 400),
+    Case(NAMES[0], 0.5, None, True, 400),
+    Case(NAMES[0], 0.5, None, True, 1200),
+    Case(NAMES[0], 0.8, None, True, 400),
+    Case(NAMES[0], 0.65, None, True, 400),
+    Case(NAMES[0], 0.35, None, True, 400),
+    Case(NAMES[0], 0.5, FEW, False, 400),
+)
 COLUMNS = (
     "model",
+    "MACs asked",
     "images",
     "composed",
     "agreement pruned",
@@ -53,23 +82,23 @@ CLOCKED = ("processor s",)
 
 
 class Setting:
-    """The models of all trainings, with their samples and the judge.
+    """A network with its samples and the judge, for all of its trainings.
 
     Attributes:
-        training: Four fifths of the calibration images, to which the pruned model is refitted.
+        training: Four fifths of the calibration images, to which pruned models are refitted.
         judged: The last fifth.
     """
 
     def __init__(self, model: Path, data: Path, seed: int) -> None:
-        self.data = data
-        self.settings = Settings.create(device="cpu", seed=seed, recover=STEPS)
+        self.model, self.data = model, data
+        self.settings = Settings.create(device="cpu", seed=seed)
         original = models.load(model)
         samples, held = samples_of(original, data, None, self.settings)
         self.original = dataset.at_data(original, samples)
         self.training, self.judged = split(samples, held, seed)
 
     def objective(self) -> Objective:
-        """The objective of the original, scaled by the images to which the pruned model was refitted."""
+        """The objective of the original, scaled by the images to which pruned models are refitted."""
         found = find_objective(self.original, self.settings, self.training, self.judged)
         size = run_size(self.original, self.settings.activation_memory_limit)
         return scale(self.original, found, self.training, "cpu", batch_size=size)
@@ -92,64 +121,72 @@ class Setting:
         return Pair(self.original, student, *planned_units(plan, self.original, student))
 
     def trained(
-        self, pair: Pair, objective: Objective, samples: Samples
+        self, pair: Pair, objective: Objective, samples: Samples, steps: int
     ) -> tuple[onnx.ModelProto, Recovery]:
-        """The recovered model on some samples, and how it was trained."""
-        return recovery.run(pair, objective, samples, self.judged, self.settings, device="cpu")
+        """The model that is recovered on some samples, and how it was trained."""
+        settings = Settings.create(device="cpu", seed=self.settings.seed, recover=steps)
+        return recovery.run(pair, objective, samples, self.judged, settings, device="cpu")
 
 
-def run(out: Path, seed: int, larger: Path | None, kept: Path) -> str:
-    """One row per set of images.
+def run(out: Path, seed: int, larger: Path | None, kept: Path, names: Sequence[str] = NAMES) -> str:
+    """One row per training.
 
     Args:
         out: Folder of studies.
         seed: Seed of the split and of the trainings.
-        larger: Folder with the network, its images and the composed ones.
-        kept: Folder of the plan and of the pruned model, which are made unless they are there.
+        larger: Folder with the networks, their images and the composed ones.
+        kept: Folder of plans and pruned models, which are made unless they are there.
+        names: Networks of which the cases are run.
 
     Returns:
-        The table; empty where the network is not in the folder.
+        The table; empty where no network is in the folder.
     """
-    if missing := absent(NAME, larger):
-        print(missing, flush=True)
-        return ""
-    assert larger is not None
-    model, data = (larger / f"{NAME}.{kind}" for kind in ("onnx", "npz"))
-    composed = larger / f"{NAME}.composed.npz"
-    setting = Setting(model, data, seed)
-    plan, pruned = _made(setting, model, data, kept)
     study = Resumable(out, "recover-images", COLUMNS, seed, CLOCKED)
-    pair, objective = setting.pair(pruned, plan), setting.objective()
-    every = setting.training.count
-    for count, more in ((every, None), (every, composed), (FEW, None)):
-        if more is not None and not more.exists():
-            print(f"{more} is left out; make it with `python -m tools.composed_images`", flush=True)
+    for name in names:
+        if missing := absent(name, larger):
+            print(missing, flush=True)
             continue
-        samples = dataset.load(setting.images(count, more), setting.original)
-        key: Row = {"model": NAME, "images": samples.count, "composed": samples.count - count}
-        if not study.holds(key):
-            study.add({**key, **_row(setting, pair, objective, samples)})
+        assert larger is not None
+        setting = Setting(larger / f"{name}.onnx", larger / f"{name}.npz", seed)
+        composed = larger / f"{NAMES[0]}.composed.npz"
+        for case in CASES:
+            if case.name != name:
+                continue
+            if case.with_composed and not composed.exists():
+                print(f"{case} needs {composed} of `python -m tools.composed_images`; left out")
+                continue
+            more = composed if case.with_composed else None
+            count = case.count or setting.training.count
+            samples = dataset.load(setting.images(count, more), setting.original)
+            key: Row = {"model": name, "MACs asked": case.macs, "steps asked": case.steps}
+            key |= {"images": samples.count, "composed": samples.count - count}
+            if not study.holds(key):
+                study.add({**key, **_row(setting, case, samples, kept)})
     return study.save()
 
 
-def _made(setting: Setting, model: Path, data: Path, kept: Path) -> tuple[Path, Path]:
+def _made(setting: Setting, case: Case, kept: Path) -> tuple[Path, Path]:
     """The plan, and the pruned model that is refitted to the training part."""
-    plan, pruned = kept / f"{NAME}.plan.json", kept / f"{NAME}.start.onnx"
+    stem = f"{case.name}.{case.macs}"
+    plan, pruned = kept / f"{stem}.plan.json", kept / f"{stem}.start.onnx"
     kept.mkdir(parents=True, exist_ok=True)
-    shared = {"device": "cpu", "seed": setting.settings.seed}
+    shared = {"device": "cpu", "seed": setting.settings.seed, "cache": str(kept)}
     if not plan.exists():
-        pipeline.plan(model, data, plan, Settings.create(macs=MACS, align=1, **shared))
+        settings = Settings.create(macs=case.macs, align=1, **shared)
+        pipeline.plan(setting.model, setting.data, plan, settings)
     if not pruned.exists():
         training = setting.images(setting.training.count, None)
-        pipeline.apply(model, plan, training, pruned, {**shared, "force": True})
+        pipeline.apply(setting.model, plan, training, pruned, {**shared, "force": True})
     return plan, pruned
 
 
-def _row(setting: Setting, pair: Pair, objective: Objective, samples: Samples) -> Row:
+def _row(setting: Setting, case: Case, samples: Samples, kept: Path) -> Row:
     from .recover import judged
 
+    plan, pruned = _made(setting, case, kept)
+    pair, objective = setting.pair(pruned, plan), setting.objective()
     started = time.process_time()
-    proto, found = setting.trained(pair, objective, samples)
+    proto, found = setting.trained(pair, objective, samples, case.steps)
     seconds = time.process_time() - started
     figures = judged(setting.data, [pair.original.proto, pair.pruned.proto, proto])
     return {
@@ -159,4 +196,5 @@ def _row(setting: Setting, pair: Pair, objective: Objective, samples: Samples) -
         "steps": found.steps,
         "best step": found.best_step,
         "processor s": round(seconds),
+        "curve": [[step, round(loss, 4)] for step, loss in found.curve],
     }
