@@ -16,9 +16,9 @@ from onnx_oamip.core.records import Array, Model, Node
 from onnx_oamip.core.records.graph import Body, within
 from onnx_oamip.graph.ops import Trait, has
 from onnx_oamip.graph.outputs import is_float
-from onnx_oamip.recovery.fusion import fused
 from onnx_oamip.recovery.operators import TABLE, Call, Kernel, UnsupportedForm, kernel_of
 from onnx_oamip.recovery.operators.calls import Tensor
+from onnx_oamip.recovery.operators.fusion import fused
 from onnx_oamip.recovery.parts import ancestors
 
 

@@ -126,6 +126,8 @@ def _term(term: Term, truth: Tensor, found: Tensor) -> Tensor:
     if term.kind in ("values", "ambiguous"):
         variance = torch.as_tensor(scale.variance, dtype=old.dtype, device=old.device)
         known = torch.isfinite(old)
+        if term.fill is not None:  # masked entries, as ``Term.values`` finds them
+            known &= old / term.fill <= 0.5
         error = torch.where(known, new - torch.where(known, old, 0.0), 0.0)
         losses.append((error * error / variance).mean())
     # Of an ambiguous output the objective takes the worse of two losses. Steps against that one alone raise the other.

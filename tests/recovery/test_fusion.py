@@ -14,7 +14,7 @@ from onnx_oamip.graph.runtime import Session
 torch = pytest.importorskip("torch")
 
 from onnx_oamip.recovery import engine  # noqa: E402
-from onnx_oamip.recovery.fusion import fused  # noqa: E402
+from onnx_oamip.recovery.operators.fusion import fused  # noqa: E402
 
 HEAD = """(float[N, 6] x) => (float[N, 6] y)
     <float root = {1.4142135623730951}, float inverse = {0.7071067811865476}, float one = {1.0}, float half = {0.5}> """

@@ -373,6 +373,7 @@ TERMS = {
     "scores": Term("y", "y", "y", "binary", axis=1, threshold=0.3),
     "embedding": Term("y", "y", "y", "embedding", axis=1),
     "values": Term("y", "y", "y", "values", axis=1),
+    "masked values": Term("y", "y", "y", "values", axis=1, fill=-1e4),
 }
 
 
@@ -390,6 +391,8 @@ def test_loss_is_that_of_the_objective(name: str) -> None:
     old, new = ROWS
     if name == "probabilities":
         old, new = (np.exp(v) / np.exp(v).sum(axis=1, keepdims=True) for v in (old, new))
+    if name == "masked values":
+        old, new = (np.where(np.eye(12, 5) > 0, v - 1e4, v) for v in (old, new))
     expected = compare(Objective((term,)), [old], [new]).total
     found = losses.objective_loss([term], [torch.from_numpy(old)], [torch.from_numpy(new)])
     assert float(found) == pytest.approx(expected, rel=1e-6)
