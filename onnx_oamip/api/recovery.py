@@ -14,7 +14,7 @@ from onnx_oamip.core.atomic_files import Batch
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import DataError, GateFailed, ModelError
 from onnx_oamip.core.progress import RECOVER, Progress
-from onnx_oamip.core.records import Bools, Coupling, Model, Recovered, Recovery
+from onnx_oamip.core.records import Bools, Coupling, Model, Objective, Recovered, Recovery
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
@@ -81,6 +81,7 @@ def recover(
         samples, held = samples_of(teacher, data, eval_data, settings)
         teacher = dataset.at_data(teacher, samples)
         student = dataset.at_data(student, samples)
+        check_output_shapes(teacher, student)
         session = Session(teacher.proto, device, what=teacher.path)
         samples = batching.tried(session, samples, settings.batch_size)
         held = batching.alike(session, samples, held)
@@ -88,10 +89,7 @@ def recover(
         coupling, keep = planned_units(plan_file, teacher, student)
     with clock("objective"):
         objective = find_objective(teacher, settings, samples, held)
-        known = {name for node in student.nodes for name in node.outputs}
-        objective = at_outputs(
-            teacher, objective, [name for name in objective.tensors if name not in known]
-        )
+        objective = at_outputs(teacher, objective, _other_tensors(teacher, student, objective))
         size = run_size(teacher, settings.activation_memory_limit)
         objective = scale(teacher, objective, samples, device, batch_size=size)
     with clock("recover"):
@@ -165,6 +163,37 @@ def check_interface(original: Model, pruned: Model) -> None:
             raise GateFailed(
                 f"the two models have different {what}: {names[0]} against {names[1]}."
             )
+
+
+def check_output_shapes(original: Model, pruned: Model) -> None:
+    """Check that the outputs of two models have the same shapes, where both are known.
+
+    Args:
+        original: The original, at the sizes of the data.
+        pruned: The pruned model, at the same sizes.
+
+    Raises:
+        GateFailed: An output has another shape.
+    """
+    for port in original.outputs:
+        ours, theirs = original.shapes.get(port.name), pruned.shapes.get(port.name)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise GateFailed(
+                f"the output '{port.name}' has the shape {list(ours)} in {original.path} and {list(theirs)} in "
+                f"{pruned.path}; give the model that it was pruned from."
+            )
+
+
+def _other_tensors(original: Model, pruned: Model, objective: Objective) -> list[str]:
+    """Tensors of the objective that the pruned model lacks, or that have another shape there."""
+    known = {name for node in pruned.nodes for name in node.outputs}
+    wide = original.shapes
+    narrow = pruned.shapes
+    return [
+        name
+        for name in objective.tensors
+        if name not in known or narrow.get(name, wide.get(name)) != wide.get(name, narrow.get(name))
+    ]
 
 
 def planned_units(

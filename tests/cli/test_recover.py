@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from graphs import build, load
 
 from onnx_oamip.api import recovery as api
 from onnx_oamip.api.pipeline import prune
 from onnx_oamip.cli import main
 from onnx_oamip.cli.interrupt import first_interrupt_stops, signals_end_the_work
-from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.errors import GateFailed, SettingsError
 from onnx_oamip.core.options.recovery import Effort, effort_of
-from onnx_oamip.core.records import Recovered, Recovery
+from onnx_oamip.core.records import Model, Objective, Recovered, Recovery, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.recovery import recover as recovery
 
@@ -157,3 +158,26 @@ def test_keep_best_hands_over_a_way_to_stop(
     command = ["recover", "p.onnx", "--original", "m.onnx", "--data", "d.npz"]
     main([*command, "-o", str(tmp_path / "out.onnx"), *(["--keep-best"] if keep else [])])
     assert (given[0] is not None) == keep
+
+
+def _loaded(text: str, folder: Path) -> Model:
+    return load(build(text), folder)
+
+
+def test_outputs_of_another_width_are_refused(tmp_path: Path) -> None:
+    text = "(float[N,6] x) => (float[N,{0}] y) <float[6,5] w1, float[5,{0}] w2> {{ h = MatMul(x, w1) y = MatMul(h, w2) }}"
+    first, other = (_loaded(text.format(width), tmp_path) for width in (4, 3))
+    api.check_output_shapes(first, first)
+    with pytest.raises(
+        GateFailed, match=r"the output 'y' has the shape \[1, 4\] in .* and \[1, 3\] in"
+    ):
+        api.check_output_shapes(first, other)
+
+
+def test_inner_tensors_of_another_width_are_compared_at_the_outputs(tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (float[N,3] y) <float[6,{0}] w1, float[{0},3] w2> {{
+        h = MatMul(x, w1)  y = MatMul(h, w2) }}"""
+    first, other = (_loaded(text.format(width), tmp_path) for width in (5, 4))
+    objective = Objective((Term("y", "y", "h", "values", 1),))
+    assert api._other_tensors(first, other, objective) == ["h"]
+    assert api._other_tensors(first, first, objective) == []
