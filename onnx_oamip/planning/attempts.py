@@ -22,7 +22,6 @@ from onnx_oamip.planning import (
     allocation,
     calibration_loss,
     factoring,
-    rotation,
     width_losses,
 )
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
@@ -263,7 +262,7 @@ def _allocate(
         extra=extra,
         floor=ready.constraints.floor,
     )
-    return factoring.marked(ready, rotation.marked(ready, found))
+    return factoring.marked(ready, found)
 
 
 def _used(

@@ -133,21 +133,34 @@ def of_weights(context: Context, weights: Collection[str], plan: str) -> Context
 
 
 def marked(context: Context, plan: Plan) -> Plan:
-    """Name the groups of a plan that are ranks of factored layers.
+    """Name the groups of a plan whose units are no channels: principal components, and ranks of factored layers.
 
     Args:
         context: Context that the plan was made in.
         plan: The plan.
 
     Returns:
-        The plan with the names.
+        The plan with the names of the groups in principal components that it narrows, and of all ranks.
     """
-    if context.factoring is None:
-        return plan
-    names = context.factoring.groups
-    layers = "1 layer is" if len(names) == 1 else f"{len(names)} layers are"
-    note = f"{layers} written as two of lower rank"
-    return replace(plan, factored=names, notes=(*plan.notes, note))
+    ranks = () if context.factoring is None else context.factoring.groups
+    streams = () if context.rotation is None else context.rotation.bases
+    narrowed = tuple(
+        context.coupling.groups[stream.group].name
+        for stream, _ in streams
+        if 0 < plan.widths[stream.group] < stream.width
+    )
+    notes = list(plan.notes)
+    components = len(set(narrowed) - set(ranks))
+    if components:
+        assert context.rotation is not None
+        notes.append(
+            f"{components} groups between linear layers keep principal components in place of channels; before "
+            f"pruning, that changes outputs by {context.rotation.distance:.1e} of their scale"
+        )
+    if ranks:
+        layers = "1 layer is" if len(ranks) == 1 else f"{len(ranks)} layers are"
+        notes.append(f"{layers} written as two of lower rank")
+    return replace(plan, rotated=narrowed, factored=ranks, notes=tuple(notes))
 
 
 def _rotated(context: Context) -> set[str]:

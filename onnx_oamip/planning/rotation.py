@@ -157,36 +157,6 @@ def _noted(context: Context, streams: int, reason: str) -> Context:
     )
 
 
-def marked(context: Context, plan: Plan) -> Plan:
-    """Name the groups of a plan that are rotated: those in principal components that it narrows.
-
-    Args:
-        context: Context that the plan was made in.
-        plan: The plan.
-
-    Returns:
-        The plan with the names.
-    """
-    if context.rotation is None:
-        return plan
-    narrowed = tuple(
-        context.coupling.groups[stream.group].name
-        for stream, _ in context.rotation.bases
-        if 0 < plan.widths[stream.group] < stream.width
-    )
-    if not narrowed:
-        return plan
-    ranks = () if context.factoring is None else context.factoring.groups
-    streams = len(set(narrowed) - set(ranks))
-    if not streams:
-        return replace(plan, rotated=narrowed)
-    note = (
-        f"{streams} groups between linear layers keep principal components in place of channels; before pruning, "
-        f"that changes outputs by {context.rotation.distance:.1e} of their scale"
-    )
-    return replace(plan, rotated=narrowed, notes=(*plan.notes, note))
-
-
 def for_plan(context: Context, plan: Plan) -> Context:
     """Rotate only the groups that a plan names.
 
