@@ -20,12 +20,12 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.planning import (
     allocation,
-    calibration_loss,
+    execution,
     factoring,
     width_losses,
 )
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
-from onnx_oamip.planning.execution import Attempt, carry_out
+from onnx_oamip.planning.execution import Attempt, Draft
 from onnx_oamip.planning.plan_constraints import Constraints
 from onnx_oamip.statistics.context import Context
 
@@ -111,7 +111,28 @@ def attempt(
     Raises:
         BudgetNotMet: No plan meets the limits.
     """
-    first = _attempt(ready, limit, extra)
+    return draft(ready, limit, extra).finished
+
+
+def draft(
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+) -> Draft:
+    """Choose the plan of an attempt, which may be compared with others before it is finished.
+
+    Args:
+        ready: Scores and losses.
+        limit: Limits of the counted budgets.
+        extra: Further linear limits of the budget program.
+
+    Returns:
+        The draft that loses least.
+
+    Raises:
+        BudgetNotMet: No plan meets the limits.
+    """
+    first = _draft(ready, limit, extra)
     if ready.settings.effort == "normal" or ready.ladder is None:
         return first
     return _look_again(ready, limit, extra, first)
@@ -121,30 +142,28 @@ def _look_again(
     ready: Prepared,
     limit: allocation.Limits,
     extra: tuple[LinearisedLimit, ...],
-    first: Attempt,
-) -> Attempt:
+    first: Draft,
+) -> Draft:
     """Measure the losses of groups around the plan, and choose widths by their mean with those in the original.
 
-    The attempt that loses least on samples that no refit used is kept.
+    The draft that loses least on samples that its refit did not use is kept.
     """
-    (best_loss,) = calibration_loss.losses(ready, [first.pruned.proto])
-    before, best, keep = best_loss, first, first.plan.keep
+    best, keep = first, first.plan.keep
     for _ in range(LOOKS):
         curves, ladder = losses_around(ready, keep)
-        again = _attempt(replace(ready, curves=curves, ladder=ladder), limit, extra)
+        again = _draft(replace(ready, curves=curves, ladder=ladder), limit, extra)
         if np.array_equal(again.plan.keep, keep):
             break
         keep = again.plan.keep
-        (lost,) = calibration_loss.losses(ready, [again.pruned.proto])
-        if lost < best_loss:
-            best_loss, best = lost, again
+        if again.loss < best.loss:
+            best = again
     if best is first:
         return first
     note = (
         f"widths were chosen again around the first plan: on calibration samples that no refit used the model loses "
-        f"{best_loss:.3g} in place of {before:.3g}"
+        f"{best.loss:.3g} in place of {first.loss:.3g}"
     )
-    return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
+    return best.noted(note)
 
 
 def losses_around(ready: Prepared, keep: Bools) -> tuple[tuple[Sensitivity, ...], Ladder]:
@@ -169,10 +188,8 @@ def losses_around(ready: Prepared, keep: Bools) -> tuple[tuple[Sensitivity, ...]
     return curves, ready.rungs(curves, ready.steps)
 
 
-def _attempt(
-    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]
-) -> Attempt:
-    """Allocate, cut and refit; repeat with a tighter limit while the file is larger than predicted.
+def _draft(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]) -> Draft:
+    """Allocate and cut; under a limit on the file, refit and repeat with a tighter one while the file is too large.
 
     Args:
         ready: Scores and losses.
@@ -180,23 +197,25 @@ def _attempt(
         extra: Further linear limits of the budget program.
 
     Returns:
-        The attempt. If the file is too large after ``SIZE_TRIES`` repeats, it is returned as it is.
+        The draft. If the file is too large after ``SIZE_TRIES`` repeats, it is returned as it is.
 
     Raises:
         BudgetNotMet: No plan meets the limits.
     """
-    found = carry_out(ready, allocate(ready, limit, extra))
+    found = execution.draft(ready, allocate(ready, limit, extra))
     size = ready.settings.budget.size
+    if size is None or "size" not in limit.values:
+        return found
     for _ in range(SIZE_TRIES):
         # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
-        over = 0.0 if size is None else found.after.bytes - size * ready.before.bytes
-        if over <= 0 or "size" not in limit.values:
+        over = found.finished.after.bytes - size * ready.before.bytes
+        if over <= 0:
             break
         tighter = limit.values["size"] - over
         if found.plan.predicted.bytes <= tighter:  # the same plan would be chosen again
             tighter = found.plan.predicted.bytes - over
         limit = limit.with_limit("size", tighter)
-        found = carry_out(ready, allocate(ready, limit, extra))
+        found = execution.draft(ready, allocate(ready, limit, extra))
     return found
 
 

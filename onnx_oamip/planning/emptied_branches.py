@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -19,11 +18,11 @@ from onnx_oamip.core.records import Budget, Floats, Plan
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.cost import full_widths
 from onnx_oamip.graph.emptying import Emptying
-from onnx_oamip.planning import allocation, attempts, calibration_loss, width_losses
+from onnx_oamip.planning import allocation, attempts, latency_search, width_losses
 from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.planning.budget_program import LinearisedLimit
-from onnx_oamip.planning.execution import Attempt
-from onnx_oamip.planning.latency_search import latency_limit, predicted_limit
+from onnx_oamip.planning.execution import Attempt, Draft
+from onnx_oamip.planning.latency_search import LatencyBudget
 from onnx_oamip.statistics.context import Context
 
 ROUNDS: Mapping[str, int] = {"normal": 2, "high": 6}
@@ -93,50 +92,55 @@ def search(ready: Prepared, limit: allocation.Limits) -> Attempt:
     Raises:
         BudgetNotMet: There is no plan within the limits, with all branches or without some.
     """
-    best: Attempt | None = None
+    budget = None
+    if ready.settings.latency is not None:
+        budget = latency_search.opened(ready, ready.settings.latency)
+    best: Draft | None = None
     missed: BudgetNotMet | None = None
-    loss = math.inf
     try:
-        extra = _extra(ready, limit)
-        best = attempts.attempt(ready, limit, extra)
-        (loss,) = calibration_loss.losses(ready, [best.pruned.proto])
+        best, budget = _draft(ready, limit, budget)
     except BudgetNotMet as error:
-        if ready.settings.latency is None:
+        if budget is None:
             raise
         missed = error
-        extra = (predicted_limit(ready, ready.settings.latency),)
-    first = loss
+    first = math.inf if best is None else best.loss
     current = ready
     for _ in range(ROUNDS[ready.settings.effort]):
-        following = _next(current, limit, extra, is_met=best is not None)
+        following = _next(current, limit, budget, is_met=best is not None)
         if following is None:
             break
         current = following
         try:
-            found = attempts.attempt(current, limit, _extra(current, limit))
+            found, budget = _draft(current, limit, budget)
         except BudgetNotMet:
             continue
-        (lost,) = calibration_loss.losses(ready, [found.pruned.proto])
-        if lost >= loss:
+        if best is not None and found.loss >= best.loss:
             break
-        best, loss = replace(found, plan=_noted(current, found.plan, lost, first)), lost
+        best = found.noted(_note(current, found.loss, first))
     if best is None:
         assert missed is not None
         raise missed
-    return best
+    return best.finished
 
 
-def _extra(ready: Prepared, limit: allocation.Limits) -> tuple[LinearisedLimit, ...]:
-    """The row of a latency budget, by measurements of cut models."""
-    if ready.settings.latency is None:
-        return ()
-    return (latency_limit(ready, limit, ready.settings.latency),)
+def _draft(
+    ready: Prepared, limit: allocation.Limits, budget: LatencyBudget | None
+) -> tuple[Draft, LatencyBudget | None]:
+    """A plan without some branches, and the latency budget as corrected for it."""
+    if budget is not None:
+        budget = latency_search.corrected(ready, limit, budget)
+    return attempts.draft(ready, limit, _rows(ready, budget)), budget
+
+
+def _rows(ready: Prepared, budget: LatencyBudget | None) -> tuple[LinearisedLimit, ...]:
+    """The row of a latency budget for the network without some branches."""
+    return () if budget is None else (budget.row(latency_search.removed_nodes(ready)),)
 
 
 def _next(
     ready: Prepared,
     limit: allocation.Limits,
-    extra: tuple[LinearisedLimit, ...],
+    budget: LatencyBudget | None,
     *,
     is_met: bool,
 ) -> Prepared | None:
@@ -145,22 +149,22 @@ def _next(
     Args:
         ready: Scores and losses, with the branches that are left out already.
         limit: Limits of the counted budgets.
-        extra: Row of a latency budget, of the network with all branches.
-        is_met: Whether the limits can be met with all branches.
+        budget: Latency budget, as corrected by the last measurement.
+        is_met: Whether the limits can be met with the branches that are left.
     """
     graph = Emptying(ready.model, ready.coupling)
     bundles = {g: b for g, b in graph.bundles(ready.emptied).items() if g in ready.emptiable}
     losses = _losses(ready, frozenset(bundles))
-    rows = _without_nodes(graph, ready.emptied, extra)
+    rows = _rows(ready, budget)
     bound = _predicted(ready, limit, rows) if is_met else math.inf
-    saved = {g: _saving(ready, limit, extra, bundle) for g, bundle in bundles.items()}
+    saved = {g: _saving(ready, limit, rows, bundle) for g, bundle in bundles.items()}
     hopeful = [g for g in bundles if saved[g] > 0 and losses[g] < SLACK * bound]
     hopeful.sort(key=lambda g: (losses[g] - ready.emptied_loss) / saved[g])
     chosen = None
     least = SLACK * bound
     for group in hopeful[:MOST_PROGRAMS]:
         narrower = ready.without(ready.emptied | bundles[group], losses[group])
-        predicted = _predicted(narrower, limit, _without_nodes(graph, narrower.emptied, extra))
+        predicted = _predicted(narrower, limit, _rows(narrower, budget))
         if predicted < least:
             chosen, least = narrower, predicted
     if chosen is None and not is_met and hopeful:
@@ -176,14 +180,6 @@ def _losses(ready: Prepared, groups: frozenset[int]) -> dict[int, float]:
     keep = ~np.isin(ready.coupling.unit_group, sorted(ready.emptied))
     around = width_losses.losses_of_groups(ready, ready.scores, keep, only=groups)
     return {group: ready.emptied_loss + float(around[group].loss[0]) for group in groups}
-
-
-def _without_nodes(
-    graph: Emptying, groups: frozenset[int], extra: tuple[LinearisedLimit, ...]
-) -> tuple[LinearisedLimit, ...]:
-    """Rows of the network without the nodes of some branches."""
-    effect = graph.effect(groups)
-    return tuple(row.without((*effect.idle, *effect.biases)) for row in extra)
 
 
 def _predicted(
@@ -223,15 +219,14 @@ def _saving(
     return max(saved, default=0.0)
 
 
-def _noted(ready: Prepared, plan: Plan, lost: float, first: float) -> Plan:
-    """A plan with a note on what it leaves out."""
+def _note(ready: Prepared, lost: float, first: float) -> str:
+    """Note on what a plan leaves out."""
     names = [ready.coupling.groups[group].name for group in sorted(ready.emptied)]
     listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
     gain = (
         f"in place of {first:.3g}" if math.isfinite(first) else "and meets a budget that it missed"
     )
-    note = (
+    return (
         f"{len(names)} groups are emptied, so that their branches are removed ({listed}): on calibration samples that "
         f"no refit used the model loses {lost:.3g} {gain}"
     )
-    return replace(plan, notes=(*plan.notes, note))

@@ -59,45 +59,106 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     Returns:
         The cut and refitted model with its costs.
     """
+    return draft(ready, chosen).finished
+
+
+def draft(ready: Context, chosen: Plan) -> Draft:
+    """Begin to carry out a plan, which may be compared with others before one of them is finished.
+
+    Args:
+        ready: The model, its samples and the settings, which choose the refit.
+        chosen: The plan.
+
+    Returns:
+        The draft.
+    """
     ready = rotation.for_plan(ready, chosen)
-    pruned = _repaired(ready, chosen, rewrite.cut(ready.model, ready.coupling, chosen.keep))
-    # Last: a refit fits the queries to what they gave before.
-    proto = _rescaled(ready, chosen, pruned.proto)
-    proto = branch_constants.fold(ready.model, ready.coupling, chosen.keep, proto)
-    pruned = replace(pruned, proto=proto)
-    if not ready.settings.no_provenance:
-        what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
-        provenance.sign(pruned.proto, ready.model.sha256, what)
-    after = cost.count(models.remade(ready.model, pruned.proto))
-    return Attempt(chosen, pruned, after)
+    raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
+    return Draft(ready, chosen, raw, _LeastSquares(ready, chosen, raw))
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A plan that is carried out as far as it is asked for: its loss needs one refit, its model the best of several.
+
+    Attributes:
+        ready: The context of the plan.
+        plan: The plan.
+        raw: The cut model.
+        least_squares: Its refits by least squares.
+    """
+
+    ready: Context
+    plan: Plan
+    raw: onnx.ModelProto
+    least_squares: _LeastSquares
+
+    @cached_property
+    def loss(self) -> float:
+        """Loss on calibration samples that the refit did not use."""
+        if self._is_fitted:
+            return min(self.least_squares.first_losses.values())
+        (lost,) = calibration_loss.losses(self.ready, [self.finished.pruned.proto])
+        return lost
+
+    @cached_property
+    def finished(self) -> Attempt:
+        """The cut and refitted model with its costs."""
+        ready, chosen = self.ready, self.plan
+        pruned = self._repaired()
+        # Last: a refit fits the queries to what they gave before.
+        proto = _rescaled(ready, chosen, pruned.proto)
+        proto = branch_constants.fold(ready.model, ready.coupling, chosen.keep, proto)
+        pruned = replace(pruned, proto=proto)
+        if not ready.settings.no_provenance:
+            what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
+            provenance.sign(pruned.proto, ready.model.sha256, what)
+        after = cost.count(models.remade(ready.model, pruned.proto))
+        return Attempt(chosen, pruned, after)
+
+    def noted(self, note: str) -> Draft:
+        """Add a note to the plan.
+
+        Args:
+            note: The note.
+
+        Returns:
+            The draft with the note, which repeats nothing that was carried out.
+        """
+        return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, note)))
+
+    @property
+    def _is_fitted(self) -> bool:
+        """True if anything is removed and refitted by least squares."""
+        return self.ready.settings.refit == "least-squares" and not self.plan.keep.all()
+
+    def _repaired(self) -> Pruned:
+        """The cut model with the refit of the settings, or with constants folded; as it is if nothing is removed."""
+        ready, chosen, raw = self.ready, self.plan, self.raw
+        if self._is_fitted:
+            return self.least_squares.best
+        if chosen.keep.all():
+            return Pruned(raw, raw)
+        if ready.settings.refit == "bias":
+            moments = collect(ready, {MOMENTS})
+            folded = mean_folding.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
+            refits = _with_none({REFIT: folded})
+            losses = _losses(ready, chosen, refits)
+            return _least_loss(refits, losses, unused="")[1]
+        if folds_constants(ready.settings):
+            return removed_constants.fold_constants(
+                ready.model,
+                ready.coupling,
+                chosen.keep,
+                raw,
+                samples=ready.samples,
+                device=ready.device,
+            )
+        return Pruned(raw, raw)
 
 
 def _rescaled(ready: Context, chosen: Plan, proto: onnx.ModelProto) -> onnx.ModelProto:
     return attention_scale.rescale(ready.model, ready.coupling, chosen.keep, proto)
-
-
-def _repaired(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> Pruned:
-    """A cut model with the refit of the settings, or with constants folded; as it is if nothing is removed."""
-    refit = ready.settings.refit
-    if chosen.keep.all():
-        return Pruned(raw, raw)
-    if refit == "least-squares":
-        return _LeastSquares(ready, chosen, raw).best()
-    if refit == "bias":
-        moments = collect(ready, {MOMENTS})
-        folded = mean_folding.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
-        _, pruned = _least_loss(ready, chosen, {REFIT: folded}, unused="")
-        return pruned
-    if folds_constants(ready.settings):
-        return removed_constants.fold_constants(
-            ready.model,
-            ready.coupling,
-            chosen.keep,
-            raw,
-            samples=ready.samples,
-            device=ready.device,
-        )
-    return Pruned(raw, raw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,16 +179,30 @@ class _LeastSquares:
     raw: onnx.ModelProto
     _fronts: dict[bool, Pruned] = field(default_factory=dict)
 
+    @cached_property
+    def first(self) -> dict[str, Pruned]:
+        """The refit without copies, and the cut model without one."""
+        return _with_none({REFIT: self._fit(REFIT, self._fitted)})
+
+    @cached_property
+    def first_losses(self) -> dict[str, float]:
+        """Losses of :attr:`first`."""
+        return _losses(self.ready, self.chosen, self.first)
+
+    @cached_property
     def best(self) -> Pruned:
         """The refit that loses least, or the cut model without one."""
-        refits = {REFIT: self._fit(REFIT, self._fitted)}
-        if not refits[REFIT].fits:
-            return refits[REFIT]
+        if not self.first[REFIT].fits:
+            return self.first[REFIT]
+        others = {}
         if self._change is not None:
-            refits[AUGMENTED] = self._fit(AUGMENTED, self._fitted)
+            others[AUGMENTED] = self._fit(AUGMENTED, self._fitted)
         if has_rare_decisions(self.ready.objective):
-            refits[EQUAL_ROWS] = self._fit(EQUAL_ROWS, self._fitted)
-        name, best = _least_loss(self.ready, self.chosen, refits, unused="that it did not use ")
+            others[EQUAL_ROWS] = self._fit(EQUAL_ROWS, self._fitted)
+        refits = {REFIT: self.first[REFIT], **others, WITHOUT: self.first[WITHOUT]}
+        measured = {**self.first_losses, **_losses(self.ready, self.chosen, others)}
+        losses = {name: measured[name] for name in refits}
+        name, best = _least_loss(refits, losses, unused="that it did not use ")
         samples = self.ready.samples
         if name == WITHOUT or not self._short or self._fitted.count == samples.count:
             return best
@@ -218,35 +293,44 @@ class _LeastSquares:
         )
 
 
+def _with_none(refits: Mapping[str, Pruned]) -> dict[str, Pruned]:
+    """Refits, and the cut model without one."""
+    first = refits[REFIT]
+    return {**refits, WITHOUT: Pruned(first.raw, first.raw, first.notes)}
+
+
+def _losses(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> dict[str, float]:
+    """Losses of refits by name, on the calibration samples kept for this."""
+    if not refits:
+        return {}
+    protos = [_rescaled(ready, chosen, refit.proto) for refit in refits.values()]
+    return dict(zip(refits, calibration_loss.losses(ready, protos), strict=True))
+
+
 def _least_loss(
-    ready: Context, chosen: Plan, refits: Mapping[str, Pruned], *, unused: str
+    refits: Mapping[str, Pruned], losses: Mapping[str, float], *, unused: str
 ) -> tuple[str, Pruned]:
     """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
 
     A refit brings every layer near to what it gave, which need not bring the outputs near.
 
     Args:
-        ready: The model and its samples.
-        chosen: The plan.
         refits: The refits by name.
+        losses: Their losses.
         unused: Clause of the note about the samples of the comparison.
 
     Returns:
         Its name, the first of equal ones, and the model with the losses of all.
     """
-    first = refits[REFIT]
-    candidates = {**refits, WITHOUT: Pruned(first.raw, first.raw, first.notes)}
-    protos = [_rescaled(ready, chosen, candidate.proto) for candidate in candidates.values()]
-    losses = dict(zip(candidates, calibration_loss.losses(ready, protos), strict=True))
-    best = min(losses, key=lambda name: losses[name])
-    notes = candidates[best].notes
+    best = min(refits, key=lambda name: losses[name])
+    notes = refits[best].notes
     if best == WITHOUT:
         note = (
             f"the refit is left out: on calibration samples {unused}the model loses {losses[REFIT]:.3g} with it and "
             f"{losses[WITHOUT]:.3g} without"
         )
         notes = (*notes, note)
-    return best, replace(candidates[best], notes=notes, losses=losses)
+    return best, replace(refits[best], notes=notes, losses=losses)
 
 
 def folds_constants(settings: Settings) -> bool:

@@ -151,9 +151,7 @@ def dumps(
     return json.dumps(document, indent=2) + "\n"
 
 
-def limit(
-    path: str, model: Model, coupling: Coupling, share: float, removed: Iterable[str] = ()
-) -> LinearisedLimit:
+def limit(path: str, model: Model, coupling: Coupling, share: float) -> LinearisedLimit:
     """Make the latency row of the budget program from a table.
 
     Args:
@@ -161,24 +159,35 @@ def limit(
         model: The whole model.
         coupling: Its coupling.
         share: Share of the latency to keep.
-        removed: Names of nodes that are removed whatever the widths are.
 
     Returns:
         The limit: the time that the table predicts for a plan is at most this share of that for the whole model.
 
     Raises:
         DataError: The table cannot be read, or was made for another model.
-        BudgetNotMet: The time that does not depend on widths exceeds the budget.
     """
     table = load(path, model, coupling)
     whole = table.seconds(ledger(model, coupling).lengths(full_widths(coupling)))
-    row = table.limit(share * whole).without(removed)
+    return table.limit(share * whole)
+
+
+def refuse_constant(path: str, row: LinearisedLimit, share: float) -> None:
+    """Check that widths can meet a limit by a table at all.
+
+    Args:
+        path: The table.
+        row: The limit, for a network that may lack branches.
+        share: Share of the latency to keep.
+
+    Raises:
+        BudgetNotMet: The time that does not depend on widths exceeds the budget.
+    """
     if row.constant >= row.limit:
+        whole = row.limit / share
         raise BudgetNotMet(
             f"the `latency` budget cannot be met: by {path}, {row.constant / whole:.2f} of the original's time does "
             f"not depend on widths, asked for {share}."
         )
-    return row
 
 
 def predicted(path: str, model: Model, coupling: Coupling, widths: Ints) -> float:

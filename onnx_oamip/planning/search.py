@@ -17,13 +17,13 @@ from onnx_oamip.planning import (
     allocation,
     critical_units,
     emptied_branches,
+    latency_search,
 )
 from onnx_oamip.planning.attempts import Prepared, allocate, attempt
 from onnx_oamip.planning.budget_program import LinearisedLimit
 from onnx_oamip.planning.critical_search import fewest_units
 from onnx_oamip.planning.drop_search import smallest
 from onnx_oamip.planning.execution import Attempt, folds_constants
-from onnx_oamip.planning.latency_search import latency_limit
 from onnx_oamip.repair import refit_scope
 
 
@@ -96,7 +96,8 @@ def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, 
     limit = _counted_limits(ready)
     if ready.settings.latency is None:
         return limit, ()
-    return limit, (latency_limit(ready, limit, ready.settings.latency),)
+    budget = latency_search.opened(ready, ready.settings.latency)
+    return limit, (latency_search.corrected(ready, limit, budget).row(),)
 
 
 def _counted_limits(ready: Prepared) -> allocation.Limits:

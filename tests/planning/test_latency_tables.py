@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,10 @@ def test_time_that_does_not_depend_on_widths_can_exceed_the_budget(
         (FULL, 10.0, nodes),
         ({"w1": 4, "w2": 4}, 9.9, {"first": 0.05, "second": 0.01, "last": 0.1}),
     ]
+    row = latency_tables.limit(write(table(*runs)), model, coupling, 0.3)
     with pytest.raises(BudgetNotMet, match="does not depend on widths"):
-        latency_tables.limit(write(table(*runs)), model, coupling, 0.3)
+        latency_tables.refuse_constant("table", row, 0.3)
+    latency_tables.refuse_constant("table", replace(row, constant=0.0), 0.3)
 
 
 WRONG = {
