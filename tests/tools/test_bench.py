@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tools.bench import (
     cuda,
     determinism,
     driver,
+    effort,
     latency,
     latency_figure,
     mechanisms,
@@ -546,6 +548,33 @@ def test_mechanisms_are_left_out_and_alone() -> None:
     assert settings["refit alone"].importance == "l2"
     assert settings["refit alone"].refit == "least-squares"
     assert settings["none"].refit == "none"
+
+
+def test_every_level_of_effort_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float | None, str]] = []
+
+    class Bench:
+        name, model, data = "m", Path("m.onnx"), Path("m.npz")
+
+        def row(self, *_: object) -> studies.Row:
+            return {"judged by": "accuracy", "before": 90.0, "after": 89.0, "divergence": 0.0123}
+
+    def prepare(model: Path, data: Path, settings: Settings) -> None:
+        assert settings.cache == "off"
+        asked.append((settings.macs, settings.effort))
+
+    monkeypatch.setattr(effort.prepare, "prepare", prepare)
+    pruned = SimpleNamespace(pruned=SimpleNamespace(proto=None))
+    monkeypatch.setattr(effort.search, "search", lambda _: pruned)
+    study = studies.Resumable(tmp_path, effort.STUDY, effort.COLUMNS, 0)
+    study.rows.append({"model": "m", "MACs asked": 0.5, "effort": "normal"})
+    rows = list(effort._rows(Bench(), 0, study))  # type: ignore[arg-type]
+    assert asked == [(0.5, "high"), (0.25, "normal"), (0.25, "high")]
+    assert [row["effort"] for row in rows] == ["high", "normal", "high"]
+    assert set(rows[0]) == set(effort.COLUMNS)
+    assert rows[0][effort.SCALED] == 12.3
 
 
 def test_saved_rows_are_those_of_the_seed(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ STUDIES = (
     "connections",
     "ablation",
     "mechanisms",
+    "effort",
     "branches",
     "speed",
     "coupling",
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--larger",
         type=Path,
         metavar="DIR",
-        help="of larger, low_rank, real, mechanisms, branches and recover: what "
+        help="of larger, low_rank, real, mechanisms, effort, branches and recover: what "
         "tools.make_larger_models made",
     )
     parser.add_argument(

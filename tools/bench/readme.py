@@ -50,6 +50,13 @@ TEXT = {
             "with the original, with all of them, each left out, each alone, and none; widths not aligned."
         ),
     ),
+    "effort": (
+        "Effort",
+        (
+            "What each level of `--effort` keeps at equal MACs, and the processor time of the whole run without a "
+            "cache: `high` measures losses again around the plan, twice; widths not aligned."
+        ),
+    ),
     "branches": (
         "Branches left out",
         (
