@@ -165,7 +165,8 @@ def _loaded(text: str, folder: Path) -> Model:
 
 
 def test_outputs_of_another_width_are_refused(tmp_path: Path) -> None:
-    text = "(float[N,6] x) => (float[N,{0}] y) <float[6,5] w1, float[5,{0}] w2> {{ h = MatMul(x, w1) y = MatMul(h, w2) }}"
+    text = """(float[N,6] x) => (float[N,{0}] y) <float[6,5] w1, float[5,{0}] w2> {{
+        h = MatMul(x, w1)  y = MatMul(h, w2) }}"""
     first, other = (_loaded(text.format(width), tmp_path) for width in (4, 3))
     api.check_output_shapes(first, first)
     with pytest.raises(

@@ -491,7 +491,8 @@ def test_output_patterns_are_detected(name: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- several outputs, subgraphs
 
 
-MASKED = "(float[N, 5, 6] x, bool[N, 5, 1] m) => (float[N, 5, 4] y) <float[6, 4] w> {{ l = MatMul(x, w) {} }}"
+MASKED = """(float[N, 5, 6] x, bool[N, 5, 1] m) => (float[N, 5, 4] y)
+<float[6, 4] w, int64[1] at = {{2}}> {{ l = MatMul(x, w) {} }}"""
 
 
 @pytest.mark.parametrize(
@@ -502,6 +503,14 @@ MASKED = "(float[N, 5, 6] x, bool[N, 5, 1] m) => (float[N, 5, 4] y) <float[6, 4]
         ("f = Cast<to = 1>(m) p = Mul(f, {-1e4}) y = Add(p, l)", -1e4),
         ("f = Cast<to = 1>(m) p = Mul(f, {1e30}) y = Sub(l, p)", -1e30),
         ("p = Where(m, {0.0}, {-6e4}) y = Add(l, p)", -6e4),
+        (
+            "f = Cast<to = 1>(m) p = Mul(f, {-1e4}) s = Transpose(p) u = Transpose(s) y = Add(l, u)",
+            -1e4,
+        ),
+        (
+            "f = Cast<to = 1>(m) q = Squeeze(f, at) p = Mul(q, {-1e4}) u = Unsqueeze(p, at) y = Add(l, u)",
+            -1e4,
+        ),
         ("y = Where(m, l, {0.0})", None),
         ("f = Cast<to = 1>(m) p = Mul(f, {2.0}) y = Add(l, p)", None),
         ("r = Relu(l) p = Mul(r, {1e4}) y = Add(l, p)", None),

@@ -12,6 +12,20 @@ LENGTH_WRAPPERS = frozenset(
     {"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"}
 )
 """Operators between a vector's length and the division by it."""
+MASK_VIEWS = frozenset(
+    {
+        "Identity",
+        "Cast",
+        "Expand",
+        "Flatten",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+"""Operators through which the numbers of a mask keep their values."""
 LARGE = 1e3
 """Size of a constant from which it stands for masked entries."""
 
@@ -162,7 +176,9 @@ def mask_fill(graph: Reader, node: Node, is_learnt: Callable[[str], bool]) -> fl
     if node.op not in ("Add", "Sub") or all(is_learnt(name) for name in node.inputs):
         return None
     mask = next(name for name in node.inputs[::-1] if not is_learnt(name))
-    made = graph.maker(_unwrapped(graph, mask))
+    made = graph.maker(mask)
+    while made is not None and made.op in MASK_VIEWS:
+        made = graph.maker(made.inputs[0])
     added = _large(graph, made.inputs) if made is not None and made.op in ("Mul", "Where") else None
     is_subtracted = node.op == "Sub" and mask == node.inputs[1]
     return -added if added is not None and is_subtracted else added
