@@ -13,6 +13,7 @@ relative squared error of the consumers' outputs and both for units that are rem
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,12 @@ FIRST_STEPS = 8
 """Steps to the first plane of ``QuadraticRelaxation``."""
 STEP_OVERHEAD = 2e6
 """Floating-point operations that take as long as the interpreter's part of one step of ``relax``."""
+MAX_SHIFTS = 100
+"""Steps of the search for the shift that gives keep variables their sum."""
+SUM_ACCURACY = 1e-12
+"""Relative error of that sum."""
+MIN_LIPSCHITZ = 1e-30
+"""Replaces a bound of 0 as divisor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +216,18 @@ class Quadratic(Loss):
         product = self.matrix @ removed - self.diagonal * removed
         return float(removed @ product), -2.0 * product
 
+    @cached_property
+    def _convex(self) -> Floats:
+        """What the split leaves of Q (units, units)."""
+        rest: Floats = self.matrix - np.diag(self.diagonal)
+        return rest
+
+    @cached_property
+    def _lipschitz(self) -> float:
+        """Bound of the change of the gradient."""
+        row_sums = np.abs(self._convex).sum(axis=1)
+        return 2 * max(float(row_sums.max()), MIN_LIPSCHITZ)
+
     def value(self, keep: Bools) -> float:
         """Evaluate the loss of a set."""
         removed = np.flatnonzero(~keep)
@@ -283,21 +302,25 @@ class Quadratic(Loss):
         Returns:
             Keep variables in [0, 1] (units,).
         """
-        convex = self.matrix - np.diag(self.diagonal)
-        row_sums = np.abs(convex).sum(axis=1)
-        lipschitz = 2 * max(float(row_sums.max()), 1e-30)
-        undecided = free & ~kept
+        undecided = np.flatnonzero(free & ~kept)
+        keep = kept.astype(np.float64)
+        if not len(undecided):
+            return keep
+        # Only the undecided units move: the matrix is restricted to them, and removed units add a linear part.
+        convex = 2.0 * self._convex[np.ix_(undecided, undecided)]
+        linear = 2.0 * self._convex[undecided][:, ~free].sum(axis=1) + self.diagonal[undecided]
         rest = count - int(kept.sum())
-        keep = kept + _project(start, undecided, rest)
-        ahead = keep
+        inner, shift = _project(start[undecided], rest, 0.0)
+        ahead = inner
         momentum = 1.0
         for _ in range(QUADRATIC_STEPS * steps):
-            gradient = -2.0 * (convex @ (1.0 - ahead)) - self.diagonal
-            after = kept + _project(ahead - gradient / lipschitz, undecided, rest)
+            slope = convex @ (1.0 - ahead) + linear
+            after, shift = _project(ahead + slope / self._lipschitz, rest, shift)
             next_momentum = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-            ahead = after + (momentum - 1) / next_momentum * (after - keep)
-            keep = after
+            ahead = after + (momentum - 1) / next_momentum * (after - inner)
+            inner = after
             momentum = next_momentum
+        keep[undecided] = inner
         return keep
 
 
@@ -344,23 +367,38 @@ def tangent_plane(loss: Loss, at: Floats) -> Plane:
     return Plane(constant, gradient - loss.diagonal, at, doubt, loss.flops)
 
 
-def _project(point: Floats, free: Bools, count: int) -> Floats:
-    """The nearest point with 0 <= s <= free and a sum of ``count``: ``clip(point - shift, 0, 1)`` on the free units.
+def _project(point: Floats, count: int, shift: float) -> tuple[Floats, float]:
+    """Find the nearest point in [0, 1] with a sum of ``count``: ``clip(point - shift, 0, 1)``.
 
-    The sum falls with the shift, linearly between the shifts at which an entry reaches 0 or 1.
+    The sum falls with the shift, linearly between the shifts at which an entry reaches 0 or 1: Newton's method within a
+    bracket ends after a few steps, where sorting these shifts would take longer than all else.
+
+    Args:
+        point: Any point, not empty (n,).
+        count: The sum, in [0, n].
+        shift: Shift from which the search starts, for example that of a point close by.
+
+    Returns:
+        The nearest point, and its shift.
     """
-    if not free.any():
-        return np.zeros(len(point))
-    ordered = np.sort(point[free])
-    shifts = np.sort(np.concatenate([ordered - 1, ordered]))
-    partial_sum = np.concatenate([[0.0], np.cumsum(ordered)])
-    # Entries from `above` on are clipped to 1, entries before `below` to 0.
-    above = np.searchsorted(ordered, shifts + 1, "right")
-    below = np.searchsorted(ordered, shifts, "right")
-    at_one = len(ordered) - above
-    sums = at_one + partial_sum[above] - partial_sum[below] - (above - below) * shifts
-    shift = np.interp(-float(count), -sums, shifts)
-    return np.where(free, np.clip(point - shift, 0, 1), 0.0)
+    low, high = float(point.min()) - 1.0, float(point.max())
+    tolerance = SUM_ACCURACY * max(1, count)
+    shift = min(max(shift, low), high)
+    for _ in range(MAX_SHIFTS):
+        moved = point - shift
+        found = np.minimum(np.maximum(moved, 0.0), 1.0)
+        excess = float(found.sum()) - count
+        if abs(excess) <= tolerance:
+            break
+        if excess > 0:
+            low = shift
+        else:
+            high = shift
+        between = np.count_nonzero(found == moved)
+        shift = shift + excess / between if between else low
+        if not low < shift < high:
+            shift = (low + high) / 2
+    return found, shift
 
 
 class Subset:

@@ -286,18 +286,42 @@ def test_quadratic_relaxation_bounds_every_set(seed: int) -> None:
 @settings(max_examples=60)
 def test_project_finds_the_nearest(seed: int, units: int) -> None:
     rng = np.random.default_rng(seed)
-    free = rng.random(units) < 0.8
     count = int(rng.integers(0, units + 1))
     point = rng.normal(0.5, 2.0, units)
-    found = _project(point, free, count)
-    assert (found >= 0).all()
-    assert (found <= free).all()
-    assert found.sum() == pytest.approx(min(count, free.sum()), abs=1e-12)
+    found, shift = _project(point, count, float(rng.normal(0.0, 3.0)))
+    assert found == pytest.approx(np.clip(point - shift, 0, 1), abs=1e-15)
+    assert found.sum() == pytest.approx(count, abs=1e-11)
     for _ in range(20):  # no feasible direction leads closer
-        chosen = rng.permutation(np.flatnonzero(free))[: int(found.sum().round())]
         other = np.zeros(units)
-        other[chosen] = 1.0
-        assert (point - found) @ (other - found) <= 1e-11
+        other[rng.permutation(units)[:count]] = 1.0
+        assert (point - found) @ (other - found) <= 1e-10
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_project_of_equal_entries(count: int) -> None:
+    """Every entry reaches 0 and 1 at the same shift, so that no Newton step has a slope at the ends."""
+    found, _ = _project(np.full(4, 7.0), count, 0.0)
+    assert found == pytest.approx(np.full(4, count / 4), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_descent_of_decided_units(seed: int) -> None:
+    """Kept units stay 1 and removed ones 0; the undecided ones are optimal: no exchange of a little lowers the loss."""
+    rng = np.random.default_rng(seed)
+    units, count = 9, 5
+    loss = Quadratic(matrix(rng, units, None))
+    free, kept = everything(units), ~everything(units)
+    free[rng.permutation(units)[:2]] = False
+    kept[np.flatnonzero(free)[:2]] = True
+    found = loss.descend(free, kept, count, 400, np.zeros(units))
+    assert (found[kept] == 1).all()
+    assert (found[~free] == 0).all()
+    assert found.sum() == pytest.approx(count, abs=1e-9)
+    slope = loss.convex(found)[1] - loss.diagonal
+    undecided = free & ~kept
+    rising = slope[undecided & (found < 1 - 1e-6)]
+    falling = slope[undecided & (found > 1e-6)]
+    assert falling.max() - rising.min() <= 1e-5 * np.abs(slope).max()
 
 
 # ---------------------------------------------------------------------------------------------------- with repair
