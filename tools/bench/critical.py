@@ -26,8 +26,10 @@ JOINT = "lenet300-mnist"
 """The network that the programs over the network are solved for."""
 FURTHER_SEEDS = (2, 3)
 """Seeds from which that network is trained again; the shipped one has seed 1."""
+DECOUPLED_SECONDS = 1800
+"""Time limit of a decoupled program: more than any needs, so that other work on the machine changes no gap."""
 PROGRAMS: dict[str, dict[str, Any]] = {
-    "decoupled": {},
+    "decoupled": {"time_limit": DECOUPLED_SECONDS},
     "paper": {"mode": "joint", "formulation": "paper", "threshold": THRESHOLD},
     "exact": {"mode": "joint", "formulation": "exact", "threshold": THRESHOLD, "time_limit": 120},
     "exact, ten minutes": {
@@ -51,8 +53,9 @@ COLUMNS = (
     "loss bound",
     "gap",
     "seconds",
+    "processor s",
 )
-CLOCKED = ("seconds", "gap")
+CLOCKED = ("seconds", "processor s", "gap")
 UNFINISHED = "critical-unfinished"
 """Name of the file of a study that was stopped."""
 
@@ -129,7 +132,7 @@ def _trained(out: Path, seed: int, mnist: Path) -> Path:
 
 def _row(network: Network, program: str, seed: int) -> Row:
     settings = Settings.create(importance="oamip", seed=seed, **PROGRAMS[program])
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     with known_step():
         report = pipeline.prune(network.model, network.data, None, settings)
     found = report.verification
@@ -150,6 +153,7 @@ def _row(network: Network, program: str, seed: int) -> Row:
         "loss bound": f"{chosen['max_loss']:.3g}" if "max_loss" in chosen else None,
         "gap": f"{gap:.1%}",
         "seconds": round(time.perf_counter() - began, 1),
+        "processor s": round(time.process_time() - used, 1),
     }
     print(row, flush=True)
     return row
