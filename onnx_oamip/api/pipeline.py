@@ -238,7 +238,7 @@ def score(
     target = None if output is None else check_output(path, output, (source,))
     mask_file = None
     if save_mask is not None:
-        keep_maps.check_mask(settings.importance, mask_threshold)
+        keep_maps.check_mask(settings.importance, settings.mode, mask_threshold)
         mask_file = check_output(path, save_mask, (source,), "`save_mask`", others=(output,))
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
     check_solutions_read(settings, found.programs)

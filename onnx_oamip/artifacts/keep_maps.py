@@ -120,7 +120,7 @@ def published_mask(coupling: Coupling, scores: Scores, threshold: float) -> Bool
         SettingsError: Scores are no keep variables of programs over the network.
     """
     if not scores.programs or not all("mode" in program for program in scores.programs):
-        raise _no_keep_variables(scores.method)
+        raise _no_keep_variables(f"by {scores.method}")
     keep = scores.values >= threshold
     for group in coupling.groups:
         best = group.units[np.argmax(scores.values[group.units])]
@@ -128,28 +128,31 @@ def published_mask(coupling: Coupling, scores: Scores, threshold: float) -> Bool
     return np.asarray(keep, bool)
 
 
-def check_mask(importance: str, threshold: float) -> None:
+def check_mask(importance: str, mode: str, threshold: float) -> None:
     """Refuse a mask before any work is done.
 
     Args:
         importance: Importance method that is asked for.
+        mode: Mode of its programs.
         threshold: Least keep variable of a kept unit.
 
     Raises:
         SettingsError: The method has no keep variables, or the threshold is no value of one.
     """
     if importance != "oamip":
-        raise _no_keep_variables(importance)
+        raise _no_keep_variables(f"by {importance}")
+    if mode == "decoupled":
+        raise _no_keep_variables("of single layers by `mode=decoupled`")
     if not 0 < threshold <= 1:
         raise SettingsError(
             f"`mask_threshold` is {threshold}; expected a keep variable, more than 0 and at most 1."
         )
 
 
-def _no_keep_variables(method: str) -> SettingsError:
+def _no_keep_variables(scores: str) -> SettingsError:
     return SettingsError(
-        "`save_mask` compares keep variables of programs over the whole network with a threshold, but these scores by "
-        f"{method} are others; score by `importance=oamip` with `mode=joint` or `mode=per-class`, or let prune choose "
+        "`save_mask` compares keep variables of programs over the whole network with a threshold, but scores "
+        f"{scores} are others; score by `importance=oamip` with `mode=joint` or `mode=per-class`, or let prune choose "
         "the units and write its keep-map."
     )
 

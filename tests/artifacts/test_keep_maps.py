@@ -15,7 +15,7 @@ from onnx_oamip import apply, plan, prune
 from onnx_oamip.api import proof
 from onnx_oamip.artifacts import keep_maps
 from onnx_oamip.cli import main
-from onnx_oamip.core.errors import DataError, OutputError
+from onnx_oamip.core.errors import DataError, OutputError, SettingsError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
@@ -234,3 +234,10 @@ def test_keep_map_of_an_unpruned_model_is_empty() -> None:
     everything = np.ones(coupling.n_units, bool)
     assert keep_maps.pruned_weights(model, coupling, everything) == {}
     assert rewrite.cut(model, coupling, everything).graph.node
+
+
+def test_mask_of_decoupled_scores_is_refused_by_the_settings_alone() -> None:
+    """Before the units are scored, which may take minutes."""
+    keep_maps.check_mask("oamip", "joint", 0.1)
+    with pytest.raises(SettingsError, match="of single layers by `mode=decoupled` are others"):
+        keep_maps.check_mask("oamip", "decoupled", 0.1)
