@@ -33,6 +33,7 @@ from tools.bench import (
     mechanisms,
     mutants,
     picture,
+    resume,
     rivals,
     rivals_figure,
     studies,
@@ -648,3 +649,21 @@ planning.allocation: 30 of 880 mutants: crash 1, killed 20, no test 2, survived 
         ("repair.ridge", 1, 427, 30, 30, 0, 0),
         ("planning.allocation", 2, 880, 30, 22, 2, 6),
     ]
+
+
+def test_rerun_is_compared_with_what_the_killed_run_had_not_done() -> None:
+    row = resume.shares(total=10.0, start_up=1.0, length=2.0, before=4.0, again=7.5)
+    assert row == {
+        "stage's share": 0.2,
+        "done before": 0.4,
+        "least": 0.7,
+        "rerun": 0.75,
+        "done again": 0.15,
+    }
+    assert set(row) == set(resume.CLOCKED)
+
+
+def test_stage_lasts_up_to_the_beginning_of_the_next_one() -> None:
+    marks = {stage: float(i**2) for i, stage in enumerate([*resume.STAGES, resume.END])}
+    found = resume.Run(40.0, marks)
+    assert [found.length(stage) for stage in resume.STAGES] == [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]

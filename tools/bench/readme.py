@@ -303,9 +303,10 @@ TEXT = {
     "resume": (
         "Resuming",
         (
-            "A run that was killed at the start of a stage and started again with its cache: processor time, start-up "
-            "included, relative to a whole run from an empty cache (half the MACs, widths in steps of 8). That stage "
-            "and all behind it are done again."
+            "A run that was killed in the middle of a stage and started again with its cache (half the MACs, widths in "
+            "steps of 8). All columns are processor time relative to a whole run from an empty cache: of the stage, of "
+            "the killed run and of its rerun. The least is the start-up (imports, reading, coupling) and what the "
+            "killed run had not done. Done again is what both need beyond a whole run, the second start-up included."
         ),
     ),
     "determinism": (

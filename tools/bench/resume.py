@@ -1,11 +1,14 @@
 """Study of resumed runs: processor time of the rerun of a killed run over that of a run from an empty cache.
 
-The whole run, the killed one and the rerun are processes of their own, as a shell starts them, so that importing
-counts. A run is killed (SIGKILL) at the first call of a stage, and so is never asked to put anything in order.
+Runs are processes of their own, as a shell starts them, so that importing counts. A run is killed in the middle of a
+stage, by a signal that ends it like SIGKILL, and so is never asked to put anything in order. What the killed run and
+its rerun need together beyond a whole run is the work that is done again. The least that a rerun can need is the
+start-up and what the killed run had not done: behind a kill early in a run that is most of it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -13,12 +16,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 from .studies import Resumable, Row, paths
 
-COLUMNS = ("model", "killed at", "runs", "of processor time")
+COLUMNS = (
+    "model",
+    "killed in",
+    "runs",
+    "stage's share",
+    "done before",
+    "least",
+    "rerun",
+    "done again",
+)
 CLOCKED = COLUMNS[3:]
 STAGES = {
     "calibrate": "statistics.calibration.collect",
@@ -28,24 +42,62 @@ STAGES = {
     "refit": "repair.least_squares.front",
     "verify": "verification.equivalence.prove",
 }
-"""Stages at which a run is killed, in their order, with the function that begins each."""
+"""Stages in which a run is killed, in their order, with the function that begins each."""
+END = "end"
+"""Mark behind the last stage."""
 RUNS = 3
 """Runs whose median counts."""
-KILLED = """
-import os, signal, sys
+WATCHED = """
+import json, signal, sys, time
 from importlib import import_module
+from pathlib import Path
 
-module, name = sys.argv[1].rsplit(".", 1)
-setattr(import_module(f"onnx_oamip.{module}"), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+stages, killed, delay, target, arguments = json.loads(sys.argv[1])
+marks = {}
+
+def watch(stage, place):
+    module, name = place.rsplit(".", 1)
+    home = import_module(f"onnx_oamip.{module}")
+    real = getattr(home, name)
+
+    def begin(*given, **named):
+        if stage not in marks:
+            marks[stage] = time.process_time()
+            if stage == killed:
+                signal.setitimer(signal.ITIMER_PROF, delay)
+        return real(*given, **named)
+
+    setattr(home, name, begin)
+
+for stage, place in stages.items():
+    watch(stage, place)
 from onnx_oamip.cli import main
-sys.exit(main(sys.argv[2:]))
+status = main(arguments)
+marks["end"] = time.process_time()
+Path(target).write_text(json.dumps(marks))
+sys.exit(status)
 """
+"""A run that writes down the processor time at which each stage began, and is killed (SIGPROF) so many seconds of
+processor time behind the beginning of one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Processor time of a run that came to its end, and that at which each stage began."""
+
+    seconds: float
+    marks: dict[str, float]
+
+    def length(self, stage: str) -> float:
+        """Seconds of a stage: up to the beginning of the next one."""
+        following = dict(pairwise([*STAGES, END]))
+        return self.marks[following[stage]] - self.marks[stage]
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """Medians over ``RUNS`` runs at half the MACs; every rerun must write the very file of the whole run."""
     study = Resumable(out, "resume", COLUMNS, seed, CLOCKED)
-    for name in names or ("vgg-fashion", "resnet20-fashion"):
+    for name in names or ("vgg-fashion", "mobilenet-fashion"):
         with tempfile.TemporaryDirectory() as folder:
             study.measure({"model": name}, len(STAGES), _rows(name, Path(folder), seed))
     return study.save()
@@ -77,39 +129,97 @@ def _rows(name: str, folder: Path, seed: int) -> Iterator[Row]:
             str(output),
         ]
 
-    def whole(cache: Path) -> float:
-        before = _processor()
-        subprocess.run(
-            [sys.executable, "-m", "onnx_oamip", *arguments(cache)], check=True, env=_environment()
-        )
-        return _processor() - before
-
-    full = [whole(folder / f"whole {i}") for i in range(RUNS)]
+    full = [whole(arguments(folder / f"whole {i}")) for i in range(RUNS)]
     written = output.read_bytes()
-    for stage, place in STAGES.items():
-        again = []
+    total = median(found.seconds for found in full)
+    start_up = median(found.marks[next(iter(STAGES))] for found in full)
+    for stage in STAGES:
+        length = median(found.length(stage) for found in full)
+        before, again = [], []
         for i in range(RUNS):
-            cache = folder / f"{stage} {i}"
+            given = arguments(folder / f"{stage} {i}")
             output.unlink()
-            killed = [sys.executable, "-c", KILLED, place, *arguments(cache)]
-            end = subprocess.run(killed, env=_environment(), check=False).returncode
-            if end != -signal.SIGKILL or output.exists():
-                raise RuntimeError(
-                    f"{name}: the run was not killed at {stage} but ended with {end}"
-                )
-            again.append(whole(cache))
+            before.append(killed(given, stage, length / 2))
+            if output.exists():
+                raise RuntimeError(f"{name}: the run killed in {stage} wrote a model")
+            again.append(whole(given).seconds)
             if output.read_bytes() != written:
                 raise RuntimeError(f"{name}: the rerun after {stage} wrote another model")
-        yield {
-            "model": name,
-            "killed at": stage,
-            "runs": RUNS,
-            "of processor time": round(median(again) / median(full), 2),
-        }
+        yield {"model": name, "killed in": stage, "runs": RUNS} | shares(
+            total, start_up, length, median(before), median(again)
+        )
+
+
+def shares(total: float, start_up: float, length: float, before: float, again: float) -> Row:
+    """Columns of a row that a clock fills.
+
+    Args:
+        total: Seconds of a whole run.
+        start_up: Its seconds up to the first stage: importing, reading, coupling.
+        length: Seconds of the stage.
+        before: Seconds of the killed run.
+        again: Seconds of its rerun.
+
+    Returns:
+        All as shares of a whole run. What is done again may be slightly negative: no two runs take the same time.
+    """
+    return {
+        "stage's share": round(length / total, 2),
+        "done before": round(before / total, 2),
+        "least": round((total - before + start_up) / total, 2),
+        "rerun": round(again / total, 2),
+        "done again": round((before + again) / total - 1, 2),
+    }
+
+
+def whole(arguments: list[str]) -> Run:
+    """Run a command to its end.
+
+    Args:
+        arguments: The command line.
+
+    Returns:
+        Its processor time, and that at which each stage began.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "marks.json"
+        status, seconds = _watched(arguments, None, 0.0, target)
+        if status != 0:
+            raise RuntimeError(f"{' '.join(arguments)} ended with {status}")
+        marks = json.loads(target.read_text(encoding="utf-8"))
+    return Run(seconds, marks)
+
+
+def killed(arguments: list[str], stage: str, delay: float) -> float:
+    """Run a command, and kill it in a stage.
+
+    Args:
+        arguments: The command line.
+        stage: The stage.
+        delay: Seconds of processor time from the beginning of the stage on.
+
+    Returns:
+        Seconds of processor time up to its end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        status, seconds = _watched(arguments, stage, delay, Path(folder) / "marks.json")
+    if status != -signal.SIGPROF:
+        raise RuntimeError(f"the run was not killed in {stage} but ended with {status}")
+    return seconds
+
+
+def _watched(
+    arguments: list[str], stage: str | None, delay: float, target: Path
+) -> tuple[int, float]:
+    """(status, seconds of processor time): what else runs on the machine adds none."""
+    asked = json.dumps([STAGES, stage, delay, str(target), arguments])
+    before = _processor()
+    done = subprocess.run([sys.executable, "-c", WATCHED, asked], env=_environment(), check=False)
+    return done.returncode, _processor() - before
 
 
 def _processor() -> float:
-    """Seconds that all processes started from here have computed: what else runs on the machine adds none."""
+    """Seconds that all processes started from here have computed."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
