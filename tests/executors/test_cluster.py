@@ -56,6 +56,7 @@ def address(local: Any) -> str:
     """The scheduler, with both workers there, and with the limits of the tests."""
     from distributed import Client
 
+    local.scale(2)  # a test may have left none
     _wait(local, 2)
     with Client(local, set_as_default=False) as client:
         client.run(executor_tasks.limit_programs, decoupled.FLOPS_PER_GROUP)
@@ -262,26 +263,6 @@ def test_task_that_kills_its_workers_is_reported(
         executor(scheduler=address).map(executor_tasks.leave, None, [0])
 
 
-def test_losing_every_worker_is_reported(
-    local: Any, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "MAX_SECONDS_WITHOUT_WORKERS", 0.5)
-    try:
-        with pytest.raises(
-            EnvironmentMissing, match=r"no worker is left at `scheduler=tcp://.*, with [1-9] of 40"
-        ):
-            executor(scheduler=address).map(
-                executor_tasks.rest, 0.05, list(range(40)), lambda *_: local.scale(0)
-            )
-        _wait(local, 0)
-        with pytest.raises(
-            EnvironmentMissing, match="has no worker; start some with 'dask worker tcp://"
-        ):
-            cluster.Cluster(address).check()
-    finally:
-        local.scale(2)
-
-
 def test_interrupted_tasks_are_cancelled(local: Any, address: str) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -459,3 +440,21 @@ def test_deadline_is_sent_as_the_remaining_time(monkeypatch: pytest.MonkeyPatch)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 10_000)
     assert pickle.loads(content).at == pytest.approx(now + 10_050, abs=5)
+
+
+def test_losing_every_worker_is_reported(
+    local: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test, behind which no other waits for new workers."""
+    monkeypatch.setattr(cluster, "MAX_SECONDS_WITHOUT_WORKERS", 0.5)
+    with pytest.raises(
+        EnvironmentMissing, match=r"no worker is left at `scheduler=tcp://.*, with [1-9] of 40"
+    ):
+        executor(scheduler=address).map(
+            executor_tasks.rest, 0.05, list(range(40)), lambda *_: local.scale(0)
+        )
+    _wait(local, 0)
+    with pytest.raises(
+        EnvironmentMissing, match="has no worker; start some with 'dask worker tcp://"
+    ):
+        cluster.Cluster(address).check()
