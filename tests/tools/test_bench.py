@@ -652,12 +652,11 @@ planning.allocation: 30 of 880 mutants: crash 1, killed 20, no test 2, survived 
 
 
 def test_rerun_is_compared_with_what_the_killed_run_had_not_done() -> None:
-    row = resume.shares(total=10.0, start_up=1.0, length=2.0, before=4.0, again=7.5)
+    row = resume.shares(total=10.0, length=2.0, before=4.0, again=7.5)
     assert row == {
         "stage's share": 0.2,
         "done before": 0.4,
-        "least": 0.7,
-        "rerun": 0.75,
+        "of processor time": 0.75,
         "done again": 0.15,
     }
     assert set(row) == set(resume.CLOCKED)

@@ -303,10 +303,11 @@ TEXT = {
     "resume": (
         "Resuming",
         (
-            "A run that was killed in the middle of a stage and started again with its cache (half the MACs, widths in "
-            "steps of 8). All columns are processor time relative to a whole run from an empty cache: of the stage, of "
-            "the killed run and of its rerun. The least is the start-up (imports, reading, coupling) and what the "
-            "killed run had not done. Done again is what both need beyond a whole run, the second start-up included."
+            "A run that was killed and started again with its cache (half the MACs, widths in steps of 8). All columns "
+            "are processor time relative to a whole run from an empty cache: of the stage, of the killed run, of its "
+            "rerun, and what both need beyond a whole run. What is done again holds the start-up (imports, reading, "
+            "coupling: most of what is done before the middle of `calibrate`); what lies behind the kill no cache can "
+            "save. Rows of a start are of an earlier form of the study: nothing of that stage is kept yet."
         ),
     ),
     "determinism": (

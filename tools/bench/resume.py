@@ -2,8 +2,8 @@
 
 Runs are processes of their own, as a shell starts them, so that importing counts. A run is killed in the middle of a
 stage, by a signal that ends it like SIGKILL, and so is never asked to put anything in order. What the killed run and
-its rerun need together beyond a whole run is the work that is done again. The least that a rerun can need is the
-start-up and what the killed run had not done: behind a kill early in a run that is most of it.
+its rerun need together beyond a whole run is the work that is done again, the start-up among it. What the killed run
+had not done no cache can save: behind a kill early in a run that is most of it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from .studies import Resumable, Row, paths
 
 COLUMNS = (
     "model",
-    "killed in",
+    "killed at",
     "runs",
     "stage's share",
     "done before",
-    "least",
-    "rerun",
+    "of processor time",
     "done again",
 )
 CLOCKED = COLUMNS[3:]
@@ -132,7 +131,6 @@ def _rows(name: str, folder: Path, seed: int) -> Iterator[Row]:
     full = [whole(arguments(folder / f"whole {i}")) for i in range(RUNS)]
     written = output.read_bytes()
     total = median(found.seconds for found in full)
-    start_up = median(found.marks[next(iter(STAGES))] for found in full)
     for stage in STAGES:
         length = median(found.length(stage) for found in full)
         before, again = [], []
@@ -145,29 +143,28 @@ def _rows(name: str, folder: Path, seed: int) -> Iterator[Row]:
             again.append(whole(given).seconds)
             if output.read_bytes() != written:
                 raise RuntimeError(f"{name}: the rerun after {stage} wrote another model")
-        yield {"model": name, "killed in": stage, "runs": RUNS} | shares(
-            total, start_up, length, median(before), median(again)
+        yield {"model": name, "killed at": f"middle of {stage}", "runs": RUNS} | shares(
+            total, length, median(before), median(again)
         )
 
 
-def shares(total: float, start_up: float, length: float, before: float, again: float) -> Row:
+def shares(total: float, length: float, before: float, again: float) -> Row:
     """Columns of a row that a clock fills.
 
     Args:
         total: Seconds of a whole run.
-        start_up: Its seconds up to the first stage: importing, reading, coupling.
         length: Seconds of the stage.
         before: Seconds of the killed run.
         again: Seconds of its rerun.
 
     Returns:
-        All as shares of a whole run. What is done again may be slightly negative: no two runs take the same time.
+        All as shares of a whole run. No two runs take the same time, so that what is done again is known to a few
+        hundredths, and may be negative.
     """
     return {
         "stage's share": round(length / total, 2),
         "done before": round(before / total, 2),
-        "least": round((total - before + start_up) / total, 2),
-        "rerun": round(again / total, 2),
+        "of processor time": round(again / total, 2),
         "done again": round((before + again) / total - 1, 2),
     }
 
