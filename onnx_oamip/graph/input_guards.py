@@ -140,11 +140,13 @@ def inferred(proto: ModelProto) -> GraphProto:
         Its graph with inferred shapes.
 
     Raises:
-        ModelError: A node asks for a tensor with a negative length, of which a slice would end the process.
+        ModelError: A node asks for or gives a tensor with a negative length, of which a slice would end the process.
     """
     for graph in subgraphs.graphs(proto.graph):
         _check_lengths(graph)
     plain = onnx.shape_inference.infer_shapes(proto).graph
+    for graph, given in zip(subgraphs.graphs(plain), subgraphs.graphs(proto.graph), strict=True):
+        _check_inferred(graph, given)
     filled = {
         name
         for node in subgraphs.nodes(plain)
@@ -178,6 +180,36 @@ def _check_lengths(graph: GraphProto) -> None:
                 f"{node.op_type} '{shortened(node.name)}' asks for a tensor with a negative length, by "
                 f"'{shortened(node.input[slot])}'; export the model again."
             )
+
+
+def _check_inferred(graph: GraphProto, given: GraphProto) -> None:
+    """Raises ModelError for a node that gives a negative length, such as one whose kernel is longer than the axis.
+
+    Some exporters write -1 for a length that is not known: such a length, and what is inferred from it, says nothing.
+
+    Args:
+        graph: A graph with inferred shapes.
+        given: The same graph before.
+    """
+    lengths = _lengths(graph)
+    stated = {name for name, found in _lengths(given).items() if min(found, default=0) < 0}
+    negative = {name for name, found in lengths.items() if min(found, default=0) < 0}
+    for node in graph.node:
+        made = sorted(negative.intersection(node.output) - stated)
+        if made and not negative.intersection(node.input):
+            axis = next(i for i, length in enumerate(lengths[made[0]]) if length < 0)
+            raise ModelError(
+                f"{node.op_type} gives '{shortened(made[0])}' the length {lengths[made[0]][axis]} along axis {axis}, "
+                "as what it reads is too short there; export the model with longer inputs."
+            )
+
+
+def _lengths(graph: GraphProto) -> dict[str, list[int]]:
+    """Lengths of tensors along their axes; 0 where one is not known."""
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values
+    }
 
 
 def _is_negative_list(tensor: TensorProto) -> bool:

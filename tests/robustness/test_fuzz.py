@@ -63,6 +63,19 @@ def test_hostile_files_and_odd_models_give_one_sentence_errors(
     assert counts["refused"] > 0.3 * number, counts
 
 
+def test_unknown_lengths_written_as_minus_one_are_no_fault(tmp_path: Path) -> None:
+    proto = build(
+        "(float[N,3,H,W] x) => (float[N,4,H,W] y) <float[8,3,3,3] v, float[4,8,3,3] w> {"
+        " a = Conv<pads=[1,1,1,1]>(x, v)  h = Relu(a)  y = Conv<pads=[1,1,1,1]>(h, w) }"
+    )
+    for name in ("a", "h"):
+        proto.graph.value_info.append(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 8, -1, -1])
+        )
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    assert models.load(tmp_path / "m.onnx").shapes["h"][1] == 8
+
+
 def test_every_oddity_is_drawn() -> None:
     seen: set[str] = set()
     for number in range(250):
@@ -391,6 +404,16 @@ def _negative_length() -> ModelProto:
     return proto
 
 
+def _short_axis() -> ModelProto:
+    """A slice up to the length of a convolution whose kernel is longer than the axis."""
+    return build(
+        "(float[N,3,6,0] x) => (float[N,4,H,W] y) <int64[1] last = {3}, int64[1] start = {1},"
+        " float[8,3,3,3] w1, float[8,3,3,3] w2, float[4,8,1,1] w3> {"
+        " c = Conv(x, w1)  d = Relu(c)  o = Conv(x, w2)  s = Shape(o)  end = Gather(s, last)"
+        " r = Slice(d, start, end, last)  y = Conv(r, w3) }"
+    )
+
+
 def _latin(name: str) -> Callable[[], ModelProto]:
     """A model with a name in an encoding of one byte a character."""
 
@@ -429,6 +452,7 @@ BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "tile": (_large("Tile", ["one", "shape"]), "asks for 8.0 TiB of memory"),
     "pad": (_large("Pad", ["one", "pads"]), "asks for 8.0 TiB of memory"),
     "negative length": (_negative_length, "asks for a tensor with a negative length, by 'size'"),
+    "axis shorter than a kernel": (_short_axis, "gives 'c' the length -2 along axis 3"),
     "many axes": (_many_axes, "attribute 'axis' of LayerNormalization"),
     "empty branch": (_empty_branch, "has 1 outputs, and its then_branch gives 0"),
 }
