@@ -178,6 +178,16 @@ def _segmented() -> ModelProto:
     return proto
 
 
+def _emptied() -> ModelProto:
+    """A list with an empty payload of bytes beside its numbers."""
+    proto = _simple()
+    sizes = TensorProto(name="sizes", data_type=TensorProto.INT64, dims=[1], int64_data=[1])
+    sizes.raw_data = b""
+    proto.graph.initializer.append(sizes)
+    proto.graph.node.append(helper.make_node("ConstantOfShape", ["sizes"], ["made"]))
+    return proto
+
+
 def _untyped() -> ModelProto:
     proto = _simple()
     proto.graph.initializer[0].data_type = -1
@@ -340,6 +350,16 @@ def test_models_that_crash_the_runtime_are_refused(
     assert status == 2
     assert not fuzzing.judge(status, out, err)
     assert why in err
+
+
+def test_unread_list_with_an_empty_payload_is_left_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "m.onnx").write_bytes(_emptied().SerializeToString())
+    status = main(_prune(place))
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    assert not fuzzing.judge(status, out, err)
 
 
 def _narrow() -> ModelProto:
