@@ -20,6 +20,7 @@ from onnx_oamip.core.errors import (
     GateFailed,
     SettingsError,
 )
+from onnx_oamip.core.foreign_code import is_own
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Budget,
@@ -292,6 +293,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
         raise SettingsError(
             "`draws` scores on several draws of the samples, and here no sample is read for scores; leave it out."
         )
+    _check_program_files(settings, scored)
     iterative.check(settings, scored)
     limit_method = limits.find(settings.limits)
     if limit_method is not None:
@@ -324,6 +326,23 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
                     f"{what} needs calibration data; give `data`, or use `importance=l2`, `allocate=uniform` "
                     "and `refit=none`."
                 )
+
+
+def _check_program_files(settings: Settings, scored: bool) -> None:
+    """Refuse files of programs where none is solved."""
+    files = {"write_program": settings.write_program, "read_solutions": settings.read_solutions}
+    asked = [name for name, value in files.items() if value is not None]
+    # A method from elsewhere may solve programs of its own.
+    scores_by_program = not scored and (
+        settings.importance == "oamip" or not is_own(find(settings.importance).score)
+    )
+    if not asked or scores_by_program or width_losses.programmed(settings):
+        return
+    method = "" if scored else f"`importance={settings.importance}` with "
+    raise SettingsError(
+        f"`{asked[0]}` is about programs that are solved, and {method}`allocate={settings.allocate}` and these budgets "
+        "solve none; leave it out."
+    )
 
 
 def _check_amount(settings: Settings) -> None:

@@ -10,7 +10,7 @@ from graphs import samples as random_samples
 from knapsack_programs import knapsack
 from onnx import ModelProto
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, prepare
 from onnx_oamip.core.errors import DataError, OutputError, SettingsError
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
@@ -239,3 +239,22 @@ def test_folder_without_solutions_of_this_run_is_an_error(tmp_path: Path) -> Non
     settings = _settings(read_solutions=str(tmp_path), importance="l2")
     with pytest.raises(SettingsError, match="no program of this run"):
         pipeline.plan(path, source, None, settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"write_program": "p.lp", "allocate": "uniform", "importance": "l2"},
+        {"read_solutions": "solved", "allocate": "global"},
+        {"write_program": "programs", "granularity": "connection", "importance": "nnrelief"},
+    ],
+    ids=str,
+)
+def test_files_of_programs_are_refused_where_none_is_solved(options: dict[str, str]) -> None:
+    budget = {"alpha": 0.9} if "granularity" in options else {"macs": 0.5}
+    with pytest.raises(SettingsError, match="solve none; leave it out"):
+        prepare.check(Settings.create(**budget, **options), "data.npz")  # type: ignore[arg-type]
+    scores = Settings.create(macs=0.5, allocate="uniform", write_program="p.lp", importance="oamip")
+    prepare.check(scores, "data.npz")
+    with pytest.raises(SettingsError, match="`allocate=uniform` and these budgets solve none"):
+        prepare.check(scores, "data.npz", scored=True)
