@@ -99,15 +99,16 @@ TEXT = {
         (
             "`--importance oamip` without a budget (decoupled), and the published threshold of 0.1 on keep variables "
             "of programs over ten images: units kept, and points of accuracy lost on 2,000 test images. "
-            "The row of vgg-fashion is of an earlier version of the decoupled programs. "
-            "Seconds of a machine with other work."
+            "Rows of decoupled programs without processor seconds are of earlier versions. "
+            "Seconds are of a machine with other work."
         ),
     ),
     "lottery": (
         "Lottery tickets",
         (
             "Accuracy in percent of what a mask leaves of the initial weights, after the same training as the whole "
-            "network (five epochs, one seed). All masks keep as many units of a layer as the published program at 0.1."
+            "network (five epochs, one seed). All masks keep as many units of a layer as the published program at 0.1. "
+            "`kana` is rendered from Japanese fonts with the ten characters of KMNIST, and is not KMNIST."
         ),
     ),
     "programs": (
