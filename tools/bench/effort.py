@@ -26,7 +26,7 @@ BUDGETS = (0.5, 0.25)
 LEVELS: tuple[str, ...] = get_args(AllocationOptions.model_fields["effort"].annotation)
 SCALED = "divergence x 1000"
 SECONDS = "processor seconds"
-COLUMNS = ("model", "MACs asked", "effort", "judged by", "before", "after", SCALED, SECONDS)
+COLUMNS = ("model", "MACs asked", "effort", "after", SCALED, SECONDS)
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:

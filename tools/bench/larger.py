@@ -170,9 +170,9 @@ class Bench:
             "method": method,
             "judged by": self.judged,
         }
-        row |= {"before": round(self.before, 2), "why not": why or None}
+        row["before"] = round(self.before, 2)
         if proto is None:
-            return row
+            return row | {"why not": why}
         found, kept = self.answers(proto, self.unseen), cost_of(proto)
         after = 100 * float((found.argmax(1) == self.truth).mean())
         return row | {

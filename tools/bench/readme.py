@@ -53,8 +53,9 @@ TEXT = {
     "effort": (
         "Effort",
         (
-            "What each level of `--effort` keeps at equal MACs, and the processor time of the whole run without a "
-            "cache: `high` measures losses again around the plan, twice; widths not aligned."
+            "What each level of `--effort` keeps at equal MACs (accuracy in percent, or agreement with the original), "
+            "and the processor time of the whole run without a cache: `high` measures losses again around the plan, "
+            "twice; widths not aligned."
         ),
     ),
     "branches": (

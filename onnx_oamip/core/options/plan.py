@@ -30,9 +30,8 @@ class AllocationOptions(Options):
     effort: Literal["normal", "high"] = Field(
         "normal",
         description="How widths are chosen by the program: by the loss of every group alone, or by its mean with the "
-        "loss around the first plan, which takes about three times as long and pays where much is removed from a "
-        "network with branches. The plan that loses less is kept. With normal, a large network is measured on fewer "
-        "samples.",
+        "loss around the first plan, which takes more than twice as long. The plan that loses less is kept. With "
+        "normal, a large network is measured on fewer samples.",
     )
     rotate: Literal["auto", "none"] = Field(
         "auto",
