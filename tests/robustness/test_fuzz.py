@@ -362,6 +362,25 @@ def test_unread_list_with_an_empty_payload_is_left_out(
     assert not fuzzing.judge(status, out, err)
 
 
+def test_group_normalisation_with_a_scalar_bias_keeps_its_channels(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime runs it, although the specification asks for a list."""
+    proto = build(
+        "(float[N,3,6,6] x) => (float[N,4,6,6] y)"
+        " <float[8,3,3,3] v, float[8] gain, float bias = {0.5}, float[4,8,1,1] w> {"
+        " h = Conv<pads=[1,1,1,1]>(x, v)  r = GroupNormalization<num_groups=2>(h, gain, bias)"
+        "  y = Conv(r, w) }",
+        opset=21,
+    )
+    (place / "m.onnx").write_bytes(proto.SerializeToString())
+    status = main(_prune(place))
+    out, err = capsys.readouterr()
+    assert status == 1, err
+    assert not fuzzing.judge(status, out, err)
+    assert "has a parameter that is no list" in err
+
+
 def _narrow() -> ModelProto:
     """A sum of what does not broadcast."""
     proto = _simple()

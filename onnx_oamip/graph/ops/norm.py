@@ -95,6 +95,9 @@ def _groups(node: Node, labels: Labels) -> None:
     if shape is None or found is None or not all(labels.is_constant(n) for n in node.inputs[1:3]):
         opaque(node, labels, f"{node} reads something untracked")
         return
+    if any(len(labels.shape(name) or ()) != 1 for name in node.inputs[1:3]):
+        opaque(node, labels, f"{node} has a parameter that is no list")
+        return
     for axis in (0, *range(2, len(shape))):
         labels.pin(labels.label(node.inputs[0], axis), f"{node} normalises over this axis")
     groups = int(node.attrs["num_groups"])
