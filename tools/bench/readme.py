@@ -239,10 +239,10 @@ TEXT = {
         ),
     ),
     "recover-images": (
-        "Recovery from few and from many images",
+        "Recovery of networks for a thousand classes",
         (
-            "EfficientNet-Lite0 at half the MACs, refitted to four fifths of its 512 calibration images; as many "
-            "steps from there on different images, judged by the last fifth. The 512 are crops of 131 photographs; "
+            "EfficientNet-Lite at a share of its MACs, refitted to four fifths of its 512 calibration images; "
+            "recoveries from there on different images, judged by the last fifth. The 512 are crops of 131 photographs; "
             "composed are images of 352 stamps on crops of the same photographs. Agreement with the original's first "
             "answer in percent and divergence from its answers in nats on 512 crops of other photographs."
         ),
