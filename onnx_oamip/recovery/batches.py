@@ -1,13 +1,11 @@
 """Batches of training: samples that are changed at random, with the answers of the original.
 
 Where the answers to a fixed number of changed versions of all samples fit into memory, they are computed once and used
-again; otherwise every batch is used a few times, drawn from the last ones, or once if not even these fit.
+again; otherwise every batch is changed and answered anew.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -31,14 +29,6 @@ VERSIONS = 8
 """Changed versions of every sample that are held with their answers."""
 LEAST_VERSIONS = 4
 """Fewest of them; with fewer, a model would learn the changes by heart, so that none are held."""
-
-
-POOL = 16
-"""Batches of a pool from which they are drawn again, at most."""
-LEAST_POOL = 4
-"""Fewest of them; a batch that comes again too soon teaches little."""
-USES = 3
-"""Times that a batch of a pool is used, on average."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +144,12 @@ class Batches:
         self._augment = augment
         self._device = device
         self._rng = np.random.default_rng(seed)
+        self._held: list[Batch] = []
         count = samples.count // self._size
         each = next(self.unchanged()).nbytes
         rounds = _rounds_held(count * each, memory, is_changed=augment is not None)
-        pool = min(POOL, memory // max(each, 1))
-        if rounds:
-            held, self._stream = rounds * count, self._endless(rounds * count)
-        elif pool >= LEAST_POOL:
-            held, self._stream = pool, self._pooled(pool)
-        else:
-            held, self._stream = 0, self._changed()
-        self.held_bytes = held * each
+        self.held_bytes = rounds * count * each
+        self._stream = self._endless(rounds * count)
 
     def __next__(self) -> Batch:
         """The next batch."""
@@ -180,32 +165,20 @@ class Batches:
             yield self._answered(feed)
 
     def _endless(self, held: int) -> Iterator[Batch]:
-        """Batches of new changes; after ``held`` of them these again in random order."""
-        made = []
-        for batch in itertools.islice(self._changed(), held):
-            made.append(batch)
-            yield batch
-        while True:
-            for place in self._rng.permutation(held):
-                yield made[place]
-
-    def _pooled(self, size: int) -> Iterator[Batch]:
-        """Batches of new changes; behind each others again, drawn from the last ``size`` of them."""
-        pool: deque[Batch] = deque(maxlen=size)
-        for batch in self._changed():
-            yield batch
-            pool.append(batch)
-            if len(pool) == size:
-                for place in self._rng.integers(size, size=USES - 1):
-                    yield pool[place]
-
-    def _changed(self) -> Iterator[Batch]:
-        """Batches of new changes, with their answers."""
+        """Batches of new changes; after ``held`` of them, if any are, these again in random order."""
         for index in self._indices():
+            if held and len(self._held) == held:
+                break
             feed: Mapping[str, Array] = self._samples.feed(index)
             if self._augment is not None:
                 feed = self._augment(feed, self._rng)
-            yield self._answered(feed)
+            batch = self._answered(feed)
+            if held:
+                self._held.append(batch)
+            yield batch
+        while True:
+            for place in self._rng.permutation(held):
+                yield self._held[place]
 
     def _indices(self) -> Iterator[Ints]:
         """Indices of batches, in another random order in every round over the samples."""

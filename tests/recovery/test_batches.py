@@ -84,24 +84,8 @@ def test_versions_are_held_and_used_again_where_they_fit(source: Source) -> None
     assert [id(batch) for batch in again] != [id(batch) for batch in first]
 
 
-def test_batches_of_a_pool_come_again_where_too_few_versions_fit(source: Source) -> None:
-    """Each is used three times on average, none before the pool is full, and only the last ones of the pool."""
-    size = batches.LEAST_VERSIONS * ROUND - 1
-    pooled = source.batches(size * BYTES)
-    assert pooled.held_bytes == size * BYTES
-    steps = size + batches.USES * 100
-    found = [next(pooled) for _ in range(steps)]
-    seen = [id(batch) for batch in found]
-    assert len(set(seen)) == source.changes
-    assert source.changes == size + 100
-    assert len(set(seen[:size])) == size
-    last = [max(place for place, other in enumerate(seen) if other == one) for one in seen]
-    waits = [last[place] - place for place, one in enumerate(seen) if one not in seen[:place]]
-    assert max(waits) <= batches.USES * size
-
-
-def test_batches_are_used_once_where_no_pool_fits(source: Source) -> None:
-    anew = source.batches(batches.LEAST_POOL * BYTES - 1)
+def test_too_few_versions_are_not_held(source: Source) -> None:
+    anew = source.batches(batches.LEAST_VERSIONS * ROUND * BYTES - 1)
     assert anew.held_bytes == 0
     steps = batches.VERSIONS * ROUND + 5
     seen = {id(batch) for batch in [next(anew) for _ in range(steps)]}

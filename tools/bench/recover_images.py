@@ -3,8 +3,7 @@
 Every network is pruned to a budget and refitted to four fifths of its calibration images. The trainings of a budget
 start from this model and are judged by the last fifth. They take the first images of the four fifths, all of them, or
 with them the images that ``tools.composed_images`` makes, from ``efficientnet-lite0.composed.npz`` in the folder of the
-larger networks. Figures come from the crops of other photographs, which no step has seen. Rows hold the losses on the
-judging images over the steps besides.
+larger networks. Figures come from the crops of other photographs, which no step has seen.
 """
 
 from __future__ import annotations
@@ -196,5 +195,4 @@ def _row(setting: Setting, case: Case, samples: Samples, kept: Path) -> Row:
         "steps": found.steps,
         "best step": found.best_step,
         "processor s": round(seconds),
-        "curve": [[step, round(loss, 4)] for step, loss in found.curve],
     }
