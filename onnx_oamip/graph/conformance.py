@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.printable import shortened
 from onnx_oamip.graph import default_inputs, node_order, subgraphs
-from onnx_oamip.graph.input_guards import inferred
+from onnx_oamip.graph.input_guards import inferred, refuse_negative_lengths
 from onnx_oamip.graph.ops import kinds
 from onnx_oamip.graph.shape_inference import clear_output_shapes, skeleton
 
@@ -181,7 +181,7 @@ def declare_outputs(proto: ModelProto) -> tuple[str, ...]:
         A note for every shape that was wrong.
 
     Raises:
-        ModelError: An input has no shape, or an output has none and none can be inferred.
+        ModelError: An input has no shape, an output has none and none can be inferred, or a length is negative.
     """
     graph = proto.graph
     for value in _without_shape(graph.input):
@@ -191,7 +191,9 @@ def declare_outputs(proto: ModelProto) -> tuple[str, ...]:
         )
     copy = skeleton(proto)
     clear_output_shapes(copy.graph)
-    computed = {value.name: value for value in inferred(copy).output}
+    complete = inferred(copy)
+    refuse_negative_lengths(complete, copy.graph)
+    computed = {value.name: value for value in complete.output}
     notes: dict[str, None] = {}  # a set in order
     for value in graph.output:
         found = computed[value.name].type

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, numpy_helper
 
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.printable import shortened
@@ -140,13 +140,14 @@ def inferred(proto: ModelProto) -> GraphProto:
         Its graph with inferred shapes.
 
     Raises:
-        ModelError: A node asks for or gives a tensor with a negative length, of which a slice would end the process.
+        ModelError: A node asks for a tensor with a negative length, of which a slice would end the process.
     """
     for graph in subgraphs.graphs(proto.graph):
         _check_lengths(graph)
     plain = onnx.shape_inference.infer_shapes(proto).graph
-    for graph, given in zip(subgraphs.graphs(plain), subgraphs.graphs(proto.graph), strict=True):
-        _check_inferred(graph, given)
+    graphs = zip(subgraphs.graphs(plain), subgraphs.graphs(proto.graph), strict=True)
+    if any(_first_negative(graph, given) is not None for graph, given in graphs):
+        return plain  # to follow a negative length through a slice would end the process
     filled = {
         name
         for node in subgraphs.nodes(plain)
@@ -182,26 +183,39 @@ def _check_lengths(graph: GraphProto) -> None:
             )
 
 
-def _check_inferred(graph: GraphProto, given: GraphProto) -> None:
-    """Raises ModelError for a node that gives a negative length, such as one whose kernel is longer than the axis.
-
-    Some exporters write -1 for a length that is not known: such a length, and what is inferred from it, says nothing.
+def refuse_negative_lengths(graph: GraphProto, given: GraphProto) -> None:
+    """Refuse a graph with a node that gives a negative length, such as one whose kernel is longer than the axis.
 
     Args:
-        graph: A graph with inferred shapes.
+        graph: The graph with inferred shapes, at the sizes that the model declares.
         given: The same graph before.
+
+    Raises:
+        ModelError: There is such a node.
     """
-    lengths = _lengths(graph)
+    found = _first_negative(graph, given)
+    if found is not None:
+        node, name = found
+        lengths = _lengths(graph)[name]
+        axis = next(i for i, length in enumerate(lengths) if length < 0)
+        raise ModelError(
+            f"{node.op_type} gives '{shortened(name)}' the length {lengths[axis]} along axis {axis}, "
+            "as what it reads is too short there; export the model with longer inputs."
+        )
+
+
+def _first_negative(graph: GraphProto, given: GraphProto) -> tuple[NodeProto, str] | None:
+    """First node that gives a negative length though it reads none, with the name of that output.
+
+    Some exporters write -1 for a length that is not known: such a length, and what is inferred from it, says nothing.
+    """
     stated = {name for name, found in _lengths(given).items() if min(found, default=0) < 0}
-    negative = {name for name, found in lengths.items() if min(found, default=0) < 0}
+    negative = {name for name, found in _lengths(graph).items() if min(found, default=0) < 0}
     for node in graph.node:
         made = sorted(negative.intersection(node.output) - stated)
         if made and not negative.intersection(node.input):
-            axis = next(i for i, length in enumerate(lengths[made[0]]) if length < 0)
-            raise ModelError(
-                f"{node.op_type} gives '{shortened(made[0])}' the length {lengths[made[0]][axis]} along axis {axis}, "
-                "as what it reads is too short there; export the model with longer inputs."
-            )
+            return node, made[0]
+    return None
 
 
 def _lengths(graph: GraphProto) -> dict[str, list[int]]:

@@ -274,7 +274,7 @@ def test_page_and_document_agree(found: Frontier) -> None:
         assert row == [
             f"{100 * point['asked']:.1f} %",
             f"{100 * point['accuracy']:.2f} %",
-            f"{100 * point['latency_ratio']:.1f} % (40.0 % to 60.0 %)",
+            f"{100 * point['latency_ratio']:.1f} % (40.0 to 60.0 %)",
             f"{100 * point['agreement']:.2f} %",
             f"{point['output_relative_error']:.3g}",
             *(f"{100 * point['shares'][k]:.1f} %" for k in ("macs", "params", "bytes")),

@@ -230,9 +230,10 @@ def test_labels_that_fit_no_output_are_refused(labels: Array, words: str, tmp_pa
 def test_channels_that_go_into_a_sequence_are_refused_by_name(tmp_path: Path) -> None:
     text = PLAIN.replace(
         "h2 = Gemm(r1,",
-        "s = SplitToSequence <axis = 1> (r1, half) j = ConcatFromSequence <axis = 1> (s) h2 = Gemm(j,",
+        "k = Cast <to = 7> (half) s = SplitToSequence <axis = 1> (r1, k) j = ConcatFromSequence <axis = 1> (s)"
+        " h2 = Gemm(j,",
     )
-    text = text.replace("float[16,32] w1", "int64[2] half = {16, 16}, float[16,32] w1")
+    text = text.replace("float[16,32] w1", "float half = {16.0}, float[16,32] w1")
     with pytest.raises(BudgetNotMet, match="SplitToSequence"):
         _pruned(build(text), {"x": WIDE_ROWS}, tmp_path)
     assert not (tmp_path / "out.onnx").exists()

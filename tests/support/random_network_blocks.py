@@ -381,7 +381,23 @@ class Indexed(Statistics):
 
 
 class Sequences(Indexed):
-    """Tokens (T, F): equations, recurrence, fused attention."""
+    """Tokens (T, F): order, equations, recurrence, fused attention."""
+
+    def block_token_order(self, x: Value) -> Value:
+        """Tokens added up along the list, or the first ones turned around."""
+        tokens = x.shape[0]
+        if self.pick(2):
+            axis = self.constant(self.one_of((1, -2)), np.int64, "axis")
+            options = {"exclusive": self.pick(2), "reverse": self.pick(2)}
+            total = self.node("CumSum", [x.name, axis], x.shape, **options)
+            return self.node("Mul", [total.name, self.number(1 / tokens)], x.shape)
+        sizes = self.node("Shape", [x.name], ())
+        batch = self.node("Gather", [sizes.name, self.ints(0)], ())
+        turned = self.ints(1 + self.pick(tokens))
+        lengths = self.node("Expand", [turned, batch.name], ())
+        return self.node(
+            "ReverseSequence", [x.name, lengths.name], x.shape, batch_axis=0, time_axis=1
+        )
 
     def block_einsum(self, x: Value) -> Value:
         t, f = x.shape

@@ -378,6 +378,7 @@ TOKENS = {
     "standard_attention": 23,
     "rms_norm": 23,
     "rows": 12,
+    "token_order": 11,
 }
 """Blocks by the kind of value that they take, with the first opset that has what they are made of."""
 KINDS = {"image": IMAGE, "flat": FLAT, "tokens": TOKENS}
