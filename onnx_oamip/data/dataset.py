@@ -47,7 +47,7 @@ from onnx_oamip.graph.shape_inference import symbol
 
 EVALUATION = "eval."
 """Prefix of the keys that hold evaluation data."""
-MAX_RANDOM_BYTES = 1 << 28
+MAX_RANDOM_BYTES = 1 << 26
 """Size of random feeds for one input: large inputs get fewer."""
 EVALUATION_PARTS = 5
 """One of this many parts of the samples is held out."""
@@ -583,14 +583,7 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
     count = min(count, max(1, MAX_RANDOM_BYTES // max(largest, 1)))
     arrays: dict[str, Stored] = {}
     for port in model.inputs:
-        shape = (count, *model.shapes[port.name])
-        values: Array = rng.integers(0, 2, shape)
-        if port.dtype == object:
-            # Whole numbers as texts.
-            values = values.astype(np.str_)
-        elif port.dtype.kind not in "iub":
-            values = rng.standard_normal(shape)
-        arrays[port.name] = values.astype(port.dtype)
+        arrays[port.name] = _random_values((count, *model.shapes[port.name]), port.dtype, rng)
     return Samples(
         arrays=arrays,
         labels=None,
@@ -601,3 +594,15 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
         fixed_batch=None,
         source="random feeds",
     )
+
+
+def _random_values(
+    shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.random.Generator
+) -> Stored:
+    """Zeros and ones for integers, truth values and texts, normal values for all others."""
+    if dtype.kind == "O":
+        texts: Array = rng.integers(0, 2, shape).astype(np.str_).astype(object)
+        return texts
+    if dtype.kind in "iub":
+        return rng.integers(0, 2, shape, dtype=np.int8).astype(dtype, copy=False)
+    return rng.standard_normal(shape, dtype=np.float32).astype(dtype, copy=False)

@@ -50,6 +50,8 @@ ROUNDING = 4.0
 """Times the measured rounding that a difference may be where it exceeds the tolerance."""
 ROUNDING_MOST = 1e-2
 """Differences above this share of the scale are not put down to rounding: there it would hide what the cut does."""
+BLOCK = 1 << 20
+"""Elements of an output that are compared at a time."""
 FEW_SAMPLES = 30
 """Number of held-out samples below which a note says how much one of them counts."""
 DRAWS = 3
@@ -382,10 +384,10 @@ def differences(
             if a.shape != b.shape:
                 worst[i] = np.inf
             elif is_float(a.dtype):
-                gap = _gap(a.astype(np.float64), b.astype(np.float64))
+                gap, magnitude = _compared(a, b)
                 # NaN loses every comparison: it must not slip through max()
                 worst[i] = max(worst[i], gap) if np.isfinite(gap) else np.inf
-                largest[i] = max(largest[i], _largest(a[np.isfinite(a)]))
+                largest[i] = max(largest[i], magnitude)
             elif not np.array_equal(a, b):
                 worst[i] = np.inf
     return np.divide(
@@ -409,14 +411,20 @@ def tolerance(model: Model) -> float:
     return TOLERANCE_HALF if half else TOLERANCE
 
 
-def _gap(a: Floats, b: Floats) -> float:
-    """The largest difference; equal infinities (a masked logit) do not differ."""
-    with np.errstate(invalid="ignore"):
-        return float(np.abs(np.where(a == b, 0.0, a - b)).max(initial=0.0))
+def _compared(a: Array, b: Array) -> tuple[float, float]:
+    """Largest difference of two arrays, and largest finite magnitude of the first.
 
-
-def _largest(array: Array) -> float:
-    return float(np.abs(array.astype(np.float64)).max(initial=0.0))
+    Equal infinities (a masked logit) do not differ. Large outputs are compared in blocks, as float64 takes more memory.
+    """
+    gap = largest = 0.0
+    first, second = a.reshape(-1), b.reshape(-1)
+    for start in range(0, first.size, BLOCK):
+        x, y = (part[start : start + BLOCK].astype(np.float64) for part in (first, second))
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(np.where(x == y, 0.0, x - y))
+        gap = float(np.maximum(gap, difference.max()))  # NaN stays
+        largest = max(largest, float(np.abs(x[np.isfinite(x)]).max(initial=0.0)))
+    return gap, largest
 
 
 def watched(model: Model, objective: Objective) -> list[str]:
