@@ -733,7 +733,7 @@ def _polish(budget: _Budget, level: Ints) -> Ints:
 
 def _loss_not_met(budget: _Budget) -> str:
     """Message for limits that no widths within the bound on the loss meet."""
-    others = " and ".join(budget.names) or "the threshold"
+    others = " and ".join(f"`{name}`" for name in budget.names) or "the threshold"
     return (
         f"no widths with a summed loss of at most {budget.most:.3g} meet {others}; ask for a larger loss or a larger "
         "budget."

@@ -79,11 +79,18 @@ def run(
 
     Raises:
         EnvironmentMissing: torch is not installed.
-        SettingsError: There is nothing to judge by, or the changes of samples cannot be imported.
+        SettingsError: There is nothing to judge by, a graph input takes texts, or the changes of samples cannot be
+            imported.
     """
     if not objective.judged:
         raise SettingsError(
             "a recovery needs an output to judge by, and all are ignored; leave out `task` or `outputs`."
+        )
+    texts = [port.name for port in pair.original.inputs if port.dtype == object]
+    if texts:
+        raise SettingsError(
+            f"a recovery runs the whole model in torch, which has no texts, and the graph input '{texts[0]}' takes "
+            "texts; leave out `recover`."
         )
     with imports_of("recover", "recovery"):
         from onnx_oamip.recovery import training

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
-from onnx_oamip.core.errors import DataError, GateFailed
+from onnx_oamip.core.errors import DataError, GateFailed, SettingsError
 from onnx_oamip.core.records import Objective, Scale, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.objective import compare
@@ -238,6 +238,19 @@ def test_models_with_other_inputs_are_refused(case: Path) -> None:
     )
     with pytest.raises(GateFailed, match="different inputs"):
         recover(case / "o.onnx", case / "model.onnx", case / "data.npz", settings())
+
+
+def test_models_that_take_texts_are_refused(tmp_path: Path) -> None:
+    text = """(string[N,2] words) => (float[N,2,4] y) <float[3,8] w1, float[8,4] w2> {
+        e = ai.onnx.ml.LabelEncoder<keys_strings = ["a", "b"], values_int64s = [0, 1]>(words)
+        g = Gather(w1, e)
+        r = Relu(g)
+        y = MatMul(r, w2)
+    }"""
+    onnx.save_model(build(text, domains={"ai.onnx.ml": 2}), tmp_path / "m.onnx")
+    words = np.random.default_rng(0).choice(["a", "b"], (40, 2))
+    with pytest.raises(SettingsError, match="the graph input 'words' takes texts"):
+        recover(tmp_path / "m.onnx", tmp_path / "m.onnx", {"words": words}, settings(), None)
 
 
 def test_prune_recovers_behind_the_refit(case: Path) -> None:
