@@ -43,11 +43,17 @@ NOWHERE = "tcp://127.0.0.1:9"
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Any]:
+    import dask
     from distributed import LocalCluster
 
-    with LocalCluster(
-        processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None
-    ) as found:
+    # Dask may drop the second copy of shared data, which then is fetched and opened again.
+    keep_copies = {"distributed.scheduler.active-memory-manager.start": False}
+    with (
+        dask.config.set(keep_copies),
+        LocalCluster(
+            processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None
+        ) as found,
+    ):
         yield found
 
 
