@@ -218,7 +218,7 @@ class Quadratic(Loss):
 
     @cached_property
     def _convex(self) -> Floats:
-        """What the split leaves of Q (units, units)."""
+        """Q without the part that the split takes out (units, units)."""
         rest: Floats = self.matrix - np.diag(self.diagonal)
         return rest
 
