@@ -103,6 +103,18 @@ def test_operator_names_in_strings_are_detected() -> None:
     assert _string_constants(ast.parse(source)) == {"Add", "Mul", "Conv", "Gemm"}
 
 
+def test_long_linear_algebra_lets_other_threads_run() -> None:
+    """``scipy.linalg`` holds the interpreter lock, so that a signal could not end the process meanwhile."""
+    importing = {
+        place
+        for place, tree in _modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and "scipy.linalg" in {getattr(node, "module", ""), *(name.name for name in node.names)}
+    }
+    assert importing == {"core/cholesky.py"}
+
+
 @pytest.mark.parametrize("name", ["utils", "util", "helpers", "helper", "common", "base", "misc"])
 def test_module_names_are_specific(name: str) -> None:
     assert not list(PACKAGE.rglob(f"{name}.py"))

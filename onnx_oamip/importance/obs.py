@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.linalg import cho_factor
-from scipy.linalg.lapack import dpotri
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import (
     Coupling,
     Floats,
@@ -37,8 +36,6 @@ from onnx_oamip.statistics.layer_problems import (
 from onnx_oamip.statistics.relevance import weighted
 from onnx_oamip.statistics.requests import COVARIANCE, RELEVANCE
 
-MIRROR = 256
-"""Rows of a symmetric matrix that are mirrored at a time: whole triangles would be copied several times."""
 ONE_BY_ONE = 32
 """Groups of up to this many units lose one unit per step; above it a step removes 1/32 of the units left."""
 LEAST_PRESENT = 0.75
@@ -152,20 +149,6 @@ def eliminate(consumers: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
     return np.concatenate(order), np.concatenate(curve) / len(consumers)
 
 
-def _inverse(gram: Floats) -> Floats:
-    """Inverse of a positive definite matrix from its Cholesky factor, a third of the work of solving for I."""
-    # LAPACK counts columns first: its lower triangle is the upper one here.
-    factor, _ = cho_factor(gram.T, lower=True, check_finite=False)
-    inverse, _ = dpotri(factor, lower=True, overwrite_c=True)
-    inverse = inverse.T
-    for first in range(0, len(inverse), MIRROR):
-        last = first + MIRROR
-        corner = inverse[first:last, first:last]
-        inverse[first:last, first:last] = np.triu(corner) + np.triu(corner, 1).T
-        inverse[last:, first:last] = inverse[first:last, last:].T
-    return np.ascontiguousarray(inverse)
-
-
 def _state(problem: Problem) -> _State | _WideState:
     scale = problem.scale / problem.share
     columns = problem.columns.copy()
@@ -199,7 +182,7 @@ class _WideState:
     def _solve(self) -> None:
         products = self.factor @ self.factor.T
         products[np.diag_indices_from(products)] += self.ridge
-        self.solved = _inverse(products) @ self.factor
+        self.solved = Cholesky.of(products).inverse(overwrite=True) @ self.factor
 
     def losses(self, units: Ints) -> Floats:
         """Compute the loss of removing each unit from the present state.
@@ -261,7 +244,7 @@ class _State:
     ) -> None:
         self.columns, self.weight, self.scale = columns, weight, scale
         self.present = np.ones(len(gram), bool)
-        self.inverse = _inverse(gram)
+        self.inverse = Cholesky.of(gram).inverse(overwrite=True)
 
     def losses(self, units: Ints) -> Floats:
         """Compute the loss of removing each unit from the present state.

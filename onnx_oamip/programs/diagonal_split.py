@@ -10,8 +10,8 @@ Research Letters 35, 2007.
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigvalsh
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import Floats
 
 RELATIVE_TOLERANCE = 1e-12
@@ -54,7 +54,7 @@ def separable(
         return result
     root = np.sqrt(own[live])
     correlation = matrix[np.ix_(live, live)] / np.outer(root, root)
-    least = float(eigvalsh(correlation, subset_by_index=[0, 0])[0])
+    least = float(np.linalg.eigvalsh(correlation)[0])
     share = np.full(len(root), max(least - MIN_EIGENVALUE, 0.0))
     if least > MIN_EIGENVALUE and len(root) <= MAX_SIZE:
         weights = own[live] / own.max()
@@ -78,11 +78,10 @@ def _largest(
     for _ in range(STEPS):
         factor = _factor(correlation, share)
         assert factor is not None  # every accepted point is strictly feasible
-        identity = np.eye(len(share))
-        inverse = np.asarray(cho_solve(factor, identity, check_finite=False), np.float64)
+        inverse = factor.inverse()
         slope = worth - barrier * (np.diagonal(inverse) - 1 / share)
         curvature = barrier * (np.square(inverse) + np.diag(1 / np.square(share)))
-        step = cho_solve(cho_factor(curvature, check_finite=False), slope)
+        step = Cholesky.of(curvature, overwrite=True).solve(slope)
         share = _moved(correlation, share, step)
         # On the central path, the sum misses the largest one by the barrier times the number of its terms.
         if 2 * len(share) * barrier <= accuracy * float(worth @ share):
@@ -100,11 +99,10 @@ def _moved(correlation: Floats, share: Floats, step: Floats) -> Floats:
     return share
 
 
-def _factor(correlation: Floats, share: Floats) -> tuple[Floats, bool] | None:
+def _factor(correlation: Floats, share: Floats) -> Cholesky | None:
     """Cholesky factor of the rest, or None if it is not positive definite."""
     rest = correlation - np.diag(share)
     try:
-        factor: tuple[Floats, bool] = cho_factor(rest, lower=True, check_finite=False)
-    except LinAlgError:
+        return Cholesky.of(rest, overwrite=True)
+    except np.linalg.LinAlgError:
         return None
-    return factor

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.diagonal_split import separable
 
@@ -82,9 +82,8 @@ class Perspective:
             root = np.sqrt(share[present])
             system = self.matrix[np.ix_(present, present)] * np.outer(root, root)
             system[np.diag_indices_from(system)] += self.diagonal[present] * (1 - share[present])
-            factor = cho_factor(system, overwrite_a=True, check_finite=False)
             sides = (self.rows[:, present] * root).T
-            solved = np.asarray(cho_solve(factor, sides, check_finite=False), np.float64)
+            solved = Cholesky.of(system, overwrite=True).solve(sides)
             fitted[:, present] = solved.T * root
             explained += float(np.vdot(self.rows, fitted))
         # The slopes count further energy that each column, present or not, can explain.
@@ -115,10 +114,10 @@ def relaxed_energy(
     always, rest = np.flatnonzero(~optional), np.flatnonzero(optional)
     left, sides, constant = matrix[np.ix_(rest, rest)], rows[:, rest], 0.0
     if len(always):
-        factor = cho_factor(matrix[np.ix_(always, always)], check_finite=False)
+        factor = Cholesky.of(matrix[np.ix_(always, always)], overwrite=True)
         between = matrix[np.ix_(always, rest)]
-        solved = np.asarray(cho_solve(factor, between, check_finite=False))
-        explained = np.asarray(cho_solve(factor, rows[:, always].T, check_finite=False))
+        solved = factor.solve(between)
+        explained = factor.solve(rows[:, always].T)
         left = left - between.T @ solved
         sides = sides - rows[:, always] @ solved
         constant = float(np.vdot(rows[:, always].T, explained))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.perspective import Perspective, relaxed_energy
 from onnx_oamip.programs.semidefinite import Lifted, Removal, evaluation_flops, normalised
@@ -176,11 +176,11 @@ class _SweptConsumer:
         rest = np.flatnonzero(~inside)
         if not len(here):
             return
-        factor = cho_factor(self.table[np.ix_(here, here)], lower=True, check_finite=False)
+        factor = Cholesky.of(self.table[np.ix_(here, here)], overwrite=True)
         between = self.table[np.ix_(here, rest)]
-        solved = np.asarray(cho_solve(factor, between, check_finite=False))
-        fitted = np.asarray(cho_solve(factor, cross[:, here].T, check_finite=False)).T
-        inverse = np.asarray(cho_solve(factor, np.eye(len(here)), check_finite=False))
+        solved = factor.solve(between)
+        fitted = factor.solve(cross[:, here].T).T
+        inverse = factor.inverse()
         self.table[np.ix_(rest, rest)] -= between.T @ solved
         self.table[np.ix_(here, rest)] = solved
         self.table[np.ix_(rest, here)] = solved.T
@@ -287,8 +287,7 @@ def _perspective(consumer: LinearConsumer, cross: Floats) -> Perspective:
 def _removal(consumer: LinearConsumer, cross: Floats) -> Removal:
     """Cost of removing units; columns of no unit are kept."""
     matrix = _loaded(consumer)
-    identity = np.eye(len(matrix))
-    inverse = np.asarray(cho_solve(cho_factor(matrix, check_finite=False), identity), np.float64)
+    inverse = Cholesky.of(matrix).inverse(overwrite=True)
     columns = consumer.columns.reshape(-1)
     fit = (cross @ inverse)[:, columns] / np.sqrt(consumer.scale)
     return normalised(inverse[np.ix_(columns, columns)], fit)

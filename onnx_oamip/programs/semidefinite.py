@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, eigvalsh
-from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.subset import Plane, Relaxation
 
@@ -97,10 +96,10 @@ class Removal:
         fit = self.fit[:, rest]
         cost = 0.0
         if len(out):
-            factor = cho_factor(self.inverse[np.ix_(out, out)], check_finite=False)
+            factor = Cholesky.of(self.inverse[np.ix_(out, out)], overwrite=True)
             between = self.inverse[np.ix_(out, rest)]
-            solved = np.asarray(cho_solve(factor, between, check_finite=False))
-            worth = np.asarray(cho_solve(factor, self.fit[:, out].T, check_finite=False))
+            solved = factor.solve(between)
+            worth = factor.solve(self.fit[:, out].T)
             inverse = inverse - between.T @ solved
             fit = fit - self.fit[:, out] @ solved
             cost = float(np.vdot(self.fit[:, out].T, worth))
@@ -301,8 +300,7 @@ class Lifted(Relaxation):
         pairs = matrix * point.correlation * np.outer(rest, rest)
         diagonal = (pairs.sum(axis=1) + barrier) / spread
         size = np.sqrt(diagonal)
-        last = len(p) - 1
-        largest = float(eigvalsh(matrix / np.outer(size, size), subset_by_index=[last, last])[0])
+        largest = float(np.linalg.eigvalsh(matrix / np.outer(size, size))[-1])
         diagonal = diagonal * (max(largest, 0.0) + SLACK)
         rise = diagonal * p - matrix @ p
         linear = 2 * cost.worth - diagonal
@@ -425,14 +423,8 @@ def _sigmoids(logits: Floats, total: int) -> Floats:
 
 def _inverse(matrix: Floats) -> tuple[Floats, float] | None:
     """Inverse and logarithm of the determinant; None if the matrix is not positive definite."""
-    factor, failed = dpotrf(matrix.T, lower=1)
-    if failed:
+    try:
+        factor = Cholesky.of(matrix)
+    except np.linalg.LinAlgError:
         return None
-    logdet = 2 * float(np.log(np.diagonal(factor)).sum())
-    half, failed = dpotri(factor, lower=1, overwrite_c=1)
-    if failed:
-        return None
-    # The upper triangle of the factor, and so of the half, is zero.
-    inverse: Floats = half + half.T
-    inverse[np.diag_indices_from(inverse)] /= 2
-    return inverse, logdet
+    return factor.inverse(), factor.log_determinant()

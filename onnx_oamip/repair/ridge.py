@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import Floats
 from onnx_oamip.statistics.layer_problems import similar_scale
 
@@ -286,6 +286,5 @@ def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
     loaded = gram.copy()
     loaded[:, range(size), range(size)] += strength
     if len(gram) == 1:
-        factor = cho_factor(loaded[0], overwrite_a=True, check_finite=False)
-        return np.asarray(cho_solve(factor, cross[0]))[None]
+        return Cholesky.of(loaded[0], overwrite=True).solve(cross[0])[None]
     return np.asarray(np.linalg.solve(loaded, cross))

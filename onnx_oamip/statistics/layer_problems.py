@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 
+from onnx_oamip.core.cholesky import Cholesky
 from onnx_oamip.core.records import (
     Bools,
     Consumer,
@@ -411,8 +411,8 @@ def _repaired(problem: Problem, kept: Bools, removed_columns: Ints) -> Floats:
         assert problem.gram is not None
         cross = problem.gram[np.ix_(kept, removed_columns)] @ problem.weight[:, removed_columns].T
         kept_gram = problem.gram[np.ix_(kept, kept)]
-        factor = cho_factor(kept_gram, overwrite_a=True, check_finite=False)
-        change = np.asarray(cho_solve(factor, cross, overwrite_b=True)).T
+        factor = Cholesky.of(kept_gram, overwrite=True)
+        change = factor.solve(cross).T
         del kept_gram, factor
     change += problem.weight[:, kept]
     weight = np.zeros_like(problem.weight)
@@ -430,5 +430,4 @@ def _repair_by_rows(problem: Problem, factor: Floats, kept: Bools) -> Floats:
     lost = problem.weight[:, ~kept] @ factor[:, ~kept].T
     products = kept_factor @ kept_factor.T
     products[np.diag_indices_from(products)] += problem.ridge
-    solver = cho_factor(products, overwrite_a=True, check_finite=False)
-    return np.asarray(cho_solve(solver, lost.T)).T @ kept_factor
+    return Cholesky.of(products, overwrite=True).solve(lost.T).T @ kept_factor
