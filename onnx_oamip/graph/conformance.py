@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import onnx
 from google.protobuf.message import Message
-from onnx import ModelProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, ModelProto, TensorProto, ValueInfoProto
 
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.printable import shortened
-from onnx_oamip.graph import default_inputs, node_order, subgraphs
+from onnx_oamip.graph import default_inputs, node_order, ops, subgraphs
 from onnx_oamip.graph.input_guards import inferred, refuse_negative_lengths
 from onnx_oamip.graph.ops import kinds
 from onnx_oamip.graph.shape_inference import clear_output_shapes, skeleton
@@ -37,9 +37,9 @@ def conform(proto: ModelProto) -> None:
         proto: A model as it is in its file.
 
     Raises:
-        ModelError: A name is not UTF-8, the nodes read each other's outputs in a cycle, or refer to attributes of a
-            function outside of one, a branch gives fewer outputs than its node, a tensor is stored in segments or has
-            an unknown type, or an equation holds other characters than those of ONNX.
+        ModelError: A name is not UTF-8, the nodes read each other's outputs in a cycle, an attribute refers to one of
+            a function outside of any or has the wrong type, a branch gives fewer outputs than its node, a tensor is
+            stored in segments or has an unknown type, or an equation holds other characters than those of ONNX.
     """
     _decode_texts(proto)
     _check_tensors(proto)
@@ -105,14 +105,28 @@ def _check_equations(proto: ModelProto) -> None:
 
 
 def _check_attributes(proto: ModelProto) -> None:
-    """Raises ModelError for references to attributes of a function outside of any function."""
+    """Raises ModelError for references to attributes of a function outside of any function, and for wrong types."""
+    versions = {opset.domain: opset.version for opset in proto.opset_import}
     for node in subgraphs.nodes(proto.graph):
+        spec = ops.lookup(node.domain, node.op_type, versions.get(node.domain, 1))
+        types = spec.attributes if spec is not None else {}
         for attribute in node.attribute:
             if attribute.ref_attr_name:
                 raise ModelError(
                     f"the attribute '{attribute.name}' of {node.op_type} '{shortened(node.name)}' refers to one of a "
                     "function, outside of any function; export the model again."
                 )
+            expected = types.get(attribute.name, attribute.type)
+            if attribute.type != expected:
+                raise ModelError(
+                    f"the attribute '{attribute.name}' of {node.op_type} '{shortened(node.name)}' is of the type "
+                    f"{_type_name(attribute.type)}, but {_type_name(expected)} is expected; export the model again."
+                )
+
+
+def _type_name(number: int) -> str:
+    """Name of a type of attributes."""
+    return str(AttributeProto.AttributeType.Name(number))
 
 
 def _check_branches(proto: ModelProto) -> None:

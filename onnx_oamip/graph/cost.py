@@ -350,10 +350,11 @@ def _per_element(model: Model, name: str, readers: Sequence[tuple[Node, int]]) -
     if not is_narrow:
         return int(kind.kind in "iu" and bool(codes))
     packed = [
-        BITS_OF_A_BYTE // int(node.attrs[rule.bits])
+        BITS_OF_A_BYTE // node.attrs[rule.bits]
         for node, _ in readers
         for rule in codes
-        if rule.bits in node.attrs
+        # ONNX Runtime refuses other numbers of bits when it loads the model.
+        if 0 < node.attrs.get(rule.bits, 0) <= BITS_OF_A_BYTE
     ]
     return max(packed, default=1)
 

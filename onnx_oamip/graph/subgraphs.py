@@ -57,9 +57,11 @@ def all_bodies(node: NodeProto) -> list[GraphProto]:
     Returns:
         Its subgraphs, without those within them.
     """
-    result = list(bodies(node).values())
+    result: list[GraphProto] = []
     for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPHS:
+        if attribute.type == AttributeProto.GRAPH:
+            result.append(attribute.g)
+        elif attribute.type == AttributeProto.GRAPHS:
             result.extend(attribute.graphs)
     return result
 

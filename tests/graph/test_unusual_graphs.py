@@ -240,6 +240,43 @@ def test_reference_to_an_attribute_outside_a_function_is_refused(tmp_path: Path)
         load(proto, tmp_path)
 
 
+PACKED_WEIGHTS = (
+    "(float[N, 32] x) => (float[N, 8] y) <float[32, 32] w, uint8[8, 1, 16] codes, float[8] scales> "
+    "{ h = MatMul(x, w) y = com.microsoft.MatMulNBits<K = 32, N = 8, bits = 4, block_size = 32>(h, codes, scales) }"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [("bits", [4, 4], "INTS"), ("K", 32.0, "FLOAT"), ("block_size", "32", "STRING")],
+)
+def test_attributes_of_another_type_are_refused(
+    tmp_path: Path, name: str, value: object, found: str
+) -> None:
+    """The checker of ONNX does not know the operators of ONNX Runtime."""
+    proto = _with_packed_weights()
+    attributes = proto.graph.node[1].attribute
+    place = next(i for i, attribute in enumerate(attributes) if attribute.name == name)
+    attributes[place].CopyFrom(helper.make_attribute(name, value))
+    with pytest.raises(ModelError, match=rf"'{name}' of MatMulNBits .* {found}, but INT is"):
+        load(proto, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 9, 1 << 40])
+def test_impossible_numbers_of_bits_are_refused(tmp_path: Path, bits: int) -> None:
+    proto = _with_packed_weights()
+    attribute = next(a for a in proto.graph.node[1].attribute if a.name == "bits")
+    attribute.i = bits
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="ONNX Runtime cannot"):
+        prune(path, macs=0.5, importance="l2", allocate="uniform", refit="none")
+
+
+def _with_packed_weights() -> onnx.ModelProto:
+    return build(PACKED_WEIGHTS, domains={"com.microsoft": 1})
+
+
 # ----------------------------------------------------------------------------------------------- types and operators
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import AttributeProto
 
 from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import Axis, Ints, Node
@@ -385,11 +386,23 @@ def _packed_shape(node: Node, constants: Shapes) -> tuple[int, int] | None:
     return (inputs, sizes[2]) if sizes else None
 
 
+_ATTRIBUTES = {
+    "do_rotary": AttributeProto.INT,
+    "kv_num_heads": AttributeProto.INT,
+    "num_heads": AttributeProto.INT,
+    "qkv_hidden_sizes": AttributeProto.INTS,
+    "rotary_embedding_dim": AttributeProto.INT,
+    "scale": AttributeProto.FLOAT,
+    "unidirectional": AttributeProto.INT,
+}
+"""Types of the attributes of ONNX Runtime's own attention operators."""
+
 SPECS = (
     OpSpec(
         "Attention",
         _packed,
         domain="com.microsoft",
+        attributes=_ATTRIBUTES,
         edit=EditRules(_repair),
         cost=_packed_cost,
         shape=LikeProduct(_packed_shape),
@@ -398,6 +411,7 @@ SPECS = (
         "MultiHeadAttention",
         _multi_head,
         domain="com.microsoft",
+        attributes=_ATTRIBUTES,
         edit=EditRules(_repair),
         cost=_products,
         shape=LikeInput(),
@@ -406,6 +420,7 @@ SPECS = (
         "GroupQueryAttention",
         _group_query,
         domain="com.microsoft",
+        attributes=_ATTRIBUTES,
         edit=EditRules(_repair),
         cost=_products,
         shape=LikeInput(),

@@ -7,6 +7,8 @@ Reference: ONNX Runtime, ContribOperators.md.
 
 from __future__ import annotations
 
+from onnx import AttributeProto
+
 from onnx_oamip.core.records import Axis, Node
 from onnx_oamip.graph.ops.handles import Labels
 from onnx_oamip.graph.ops.linear import matmul_cost
@@ -44,6 +46,7 @@ SPECS = (
         cost=_packed_cost,
         shape=LikeProduct(_packed_shape),
         codes=Codes((2, 3, 4), bits="bits"),
+        attributes=dict.fromkeys(("K", "N", "bits", "block_size"), AttributeProto.INT),
     ),
     OpSpec(
         "DynamicQuantizeMatMul",

@@ -16,7 +16,7 @@ that its state stays zero, which is in every range.
 from __future__ import annotations
 
 import numpy as np
-from onnx import TensorProto, numpy_helper
+from onnx import AttributeProto, TensorProto, numpy_helper
 
 from onnx_oamip.core.records import Array, Axis, Ints, Node
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, operand
@@ -269,5 +269,11 @@ SPECS = (
         cost=_quantised_cost,
         shape=LikeOperator("LSTM", (0, 1, 2), ("hidden_size", "direction")),
         codes=Codes((4, 8, 9, 10, 11)),
+        attributes={
+            "activations": AttributeProto.STRINGS,
+            "direction": AttributeProto.STRING,
+            "hidden_size": AttributeProto.INT,
+            "input_forget": AttributeProto.INT,
+        },
     ),
 )

@@ -197,4 +197,6 @@ class OpSpec:
     """For nodes with bodies that are followed: the tensors that pass in and out."""
     codes: Codes | None = None
     """For operators on codes: which of their constants are parameters."""
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    """For operators that ONNX's checker does not know: types of attributes, as ``AttributeProto`` numbers them."""
     traits: Trait = NO_TRAITS

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from onnx import AttributeProto
 
 from onnx_oamip.graph.ops import REGISTRY
 
@@ -35,3 +37,22 @@ def test_every_operator_is_listed(op_table: ModuleType) -> None:
 def test_missing_markers_are_reported(op_table: ModuleType) -> None:
     with pytest.raises(ValueError, match="operators:begin"):
         op_table.updated("no markers")
+
+
+def test_types_of_attributes_are_those_of_the_runtime() -> None:
+    """The checker of ONNX does not know these operators, so that their entries state the types."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    schemas: dict[tuple[str, str], Any] = {}
+    for schema in state.get_all_operator_schema():
+        schemas[schema.domain, schema.name] = schema
+    stated = [spec for spec in REGISTRY if spec.attributes]
+    assert {spec.name for spec in stated} >= {"Attention", "MatMulNBits", "DynamicQuantizeLSTM"}
+    for spec in stated:
+        known = schemas[spec.domain, spec.name].attributes
+        for name, kind in spec.attributes.items():
+            if name in known:
+                assert known[name].type.name == AttributeProto.AttributeType.Name(kind), name
+    for name in {name for spec in stated for name in spec.attributes}:
+        owners = [schemas[spec.domain, spec.name].attributes for spec in stated]
+        assert any(name in attributes for attributes in owners), name
