@@ -253,8 +253,15 @@ def prove(
         "cpu",
         what="the masked model",
         exact=True,
+        lean=True,
     )
-    other = Session(with_outputs(model, wanted, cut), "cpu", what="the cut model", exact=True)
+    other = Session(
+        with_outputs(model, wanted, cut),
+        "cpu",
+        what="the cut model",
+        exact=True,
+        lean=True,
+    )
     found = differences(reference, other, samples, batch_size)
     worst = float(found.max(initial=0.0))
     rounding = None
@@ -263,7 +270,7 @@ def prove(
         own = np.zeros(len(found))
         for draw in range(DRAWS):
             moved = with_outputs(model, wanted, rounded(model, masked, draw))
-            twin = Session(moved, "cpu", what="the masked model", exact=True)
+            twin = Session(moved, "cpu", what="the masked model", exact=True, lean=True)
             own = np.maximum(own, differences(reference, twin, samples, batch_size))
         place = int(found.argmax())
         rounding = float(own[place])
@@ -273,7 +280,7 @@ def prove(
         pair = unrounded(masked), unrounded(cut)
         if pair[0] is not None and pair[1] is not None:
             one, two = (
-                Session(with_outputs(model, wanted, proto), "cpu", what=what, exact=True)
+                Session(with_outputs(model, wanted, proto), "cpu", what=what, exact=True, lean=True)
                 for proto, what in zip(pair, ("the masked model", "the cut model"), strict=True)
             )
             if (differences(one, two, samples, batch_size) <= tolerance(model)).all():

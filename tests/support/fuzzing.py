@@ -382,7 +382,7 @@ def prepare(root: Path) -> _Watch:
         return measure(calls, min(seconds, MEASURED_SECONDS), *more, **named)
 
     latency.interleave = latency_model.interleave = short
-    runtime.PATIENCE = 1.0
+    runtime.PATIENCE = 0.5
     tempfile.tempdir = str(root)
     os.chdir(root)
     warm = root / "warm.onnx"
