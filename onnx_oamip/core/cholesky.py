@@ -98,7 +98,11 @@ class Cholesky(NamedTuple):
         return inverse
 
     def log_determinant(self) -> float:
-        """Computes the logarithm of the determinant of the matrix."""
+        """Computes the logarithm of the determinant of the matrix.
+
+        Returns:
+            The logarithm, a sum over the diagonal of the factor.
+        """
         return 2 * float(np.log(np.diagonal(self.factor)).sum())
 
 
