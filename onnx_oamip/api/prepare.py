@@ -309,7 +309,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
         raise SettingsError(
             f"`max_loss` needs `allocate=mip`, not {settings.allocate}: only the program knows losses."
         )
-    if settings.effort == "high":
+    if settings.effort != "normal":
         _check_effort(settings)
     if source is None:
         asks = {
@@ -382,13 +382,13 @@ def check_recovery(settings: Settings, source: Source | None) -> None:
 
 
 def _check_effort(settings: Settings) -> None:
-    """Refuse to look again where no losses choose the widths, or where the budget itself is searched for."""
+    """Refuse an effort where no losses choose the widths, and to look again where the budget itself is searched for."""
     if not width_losses.programmed(settings) or settings.granularity == "connection":
         raise SettingsError(
-            "`effort=high` measures losses again for the budget program; give a budget and `allocate=mip`, or leave "
-            "`effort` out."
+            f"`effort={settings.effort}` says how losses are measured for the budget program; give a budget and "
+            "`allocate=mip`, or leave `effort` out."
         )
-    if settings.max_drop is not None:
+    if settings.effort == "high" and settings.max_drop is not None:
         raise SettingsError(
             "`effort=high` chooses widths under a fixed budget; give `macs`, `params`, `size` or `latency` in place of "
             "`max_drop`."

@@ -133,7 +133,7 @@ def draft(
         BudgetNotMet: No plan meets the limits.
     """
     first = _draft(ready, limit, extra)
-    if ready.settings.effort == "normal" or ready.ladder is None:
+    if ready.settings.effort != "high" or ready.ladder is None:
         return first
     return _look_again(ready, limit, extra, first)
 

@@ -25,7 +25,7 @@ from onnx_oamip.planning.execution import Attempt, Draft
 from onnx_oamip.planning.latency_search import LatencyBudget
 from onnx_oamip.statistics.context import Context
 
-ROUNDS: Mapping[str, int] = {"normal": 2, "high": 6}
+ROUNDS: Mapping[str, int] = {"low": 1, "normal": 2, "high": 6}
 """Most branches that are left out one after the other, by ``effort``."""
 MOST_PROGRAMS = 6
 """Most branches that a program is solved for in a round: those of least loss per saved cost."""

@@ -64,6 +64,8 @@ CHOICE = (0.7, 0.5, 0.3)
 """Shares of a group's width at which orders of removal are compared."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
+FEW_LEVELS = (0.7, 0.45, 0.2)
+"""The same with little effort."""
 LEVEL_BYTES = 1 << 26
 """Bytes of repaired weights held at a time; where one weight has many consumers, a level may exceed the model."""
 
@@ -338,17 +340,18 @@ def _losses(whole: _Whole, job: Job, removed: Sequence[Ints]) -> Floats:
         return _Part(whole, *job).losses(removed)
 
 
-def levels(width: int) -> Ints:
+def levels(width: int, shares: Sequence[float] = LEVELS) -> Ints:
     """Choose the widths at which a group is measured.
 
     Args:
         width: Units of the group.
+        shares: Shares of the width, beside one unit and the full width.
 
     Returns:
         Rising widths from 1 to the full width.
     """
-    shares = np.asarray([1 / width, *sorted(LEVELS), 1.0])
-    return np.unique(np.clip(np.round(shares * width), 1, width).astype(np.int64))
+    counts = np.asarray([1.0, *(width * share for share in sorted(shares)), width])
+    return np.unique(np.clip(np.round(counts), 1, width).astype(np.int64))
 
 
 def passes(coupling: Coupling, count: int = len(LEVELS) + 1) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.layer_problems import parallel_groups
 from onnx_oamip.statistics.requests import COVARIANCE
 
+LOW_SHARE = 0.25
+"""Share of the samples for losses, and of the bound on their multiply-accumulates, with ``effort=low``."""
+LOW_SAMPLES = 64
+"""Samples that are taken with ``effort=low``, if there are so many, however small the share is."""
 SECONDS_BETWEEN_WRITES = 1.0
 """Seconds of measurement that an interrupted run loses, at most, besides the groups it was at."""
 
@@ -89,6 +94,11 @@ def note(context: Context) -> str:
         return ""
     every = parts(context.samples)[1].count
     count = _measured(context).count
+    if context.settings.effort == "low":
+        return (
+            f"losses of widths are measured on {count} of {every} samples, at {len(sensitivity.FEW_LEVELS) + 1} widths "
+            f"of a group in place of {len(sensitivity.LEVELS) + 1}, as `effort=low` asks"
+        )
     if count == every:
         return ""
     macs = context.before.macs / max(context.model.batch, 1) / 1e9
@@ -101,10 +111,22 @@ def note(context: Context) -> str:
 
 def _measured(context: Context) -> Samples:
     """Samples that the losses of groups are measured on: with ``effort=high`` all that there are for losses."""
+    every = parts(context.samples)[1]
     if context.settings.effort == "high":
-        return parts(context.samples)[1]
-    passes = sensitivity.passes(context.coupling)
-    return workload.measured(context, passes, workload.LOSS_MACS)
+        return every
+    few = context.settings.effort == "low"
+    passes = sensitivity.passes(context.coupling, len(_shares(context.settings)) + 1)
+    most = workload.LOSS_MACS * (LOW_SHARE if few else 1.0)
+    samples = workload.measured(context, passes, most)
+    if few:
+        enough = max(math.ceil(LOW_SHARE * every.count), LOW_SAMPLES)
+        return samples.first(min(enough, samples.count))
+    return samples
+
+
+def _shares(settings: Settings) -> tuple[float, ...]:
+    """Shares of a group's width at which its loss is measured."""
+    return sensitivity.FEW_LEVELS if settings.effort == "low" else sensitivity.LEVELS
 
 
 def losses_of_groups(
@@ -143,7 +165,11 @@ def losses_of_groups(
     if around is not None:
         known["around"] = np.flatnonzero(~around).tolist()
     wide = cost.full_widths(coupling)
-    widths = {g: np.append(0, sensitivity.levels(int(wide[g]))) for g in emptiable}
+    shares = _shares(settings)
+    widths = {g: np.append(0, sensitivity.levels(int(wide[g]), shares)) for g in emptiable}
+    if shares != sensitivity.LEVELS:
+        rest = (g for g in range(len(wide)) if g not in emptiable)
+        widths.update((g, sensitivity.levels(int(wide[g]), shares)) for g in rest)
     others: dict[int, Sensitivity] = {}
     if only is not None:
         widths = {g: np.asarray([0, wide[g]], np.int64) for g in only}

@@ -458,7 +458,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], ...]] = {
     "--protect": (("0.2",), ("0.9",)),
     "--limits": (("snacs",),),
     "--iterations": (("2",), ("3",)),
-    "--effort": (("high",),),
+    "--effort": (("low",), ("high",)),
     "--draws": (("3",),),
     "--exclude": (("*",), ("w0",), ("nothing*",)),
     "--task": (("classes",), ("binary",), ("values",), ("embedding",)),

@@ -572,8 +572,9 @@ def test_every_level_of_effort_is_measured_once(
     study = studies.Resumable(tmp_path, effort.STUDY, effort.COLUMNS, 0)
     study.rows.append({"model": "m", "MACs asked": 0.5, "effort": "normal"})
     rows = list(effort._rows(Bench(), 0, study))  # type: ignore[arg-type]
-    assert asked == [(0.5, "high"), (0.25, "normal"), (0.25, "high")]
-    assert [row["effort"] for row in rows] == ["high", "normal", "high"]
+    rest = [(0.5, "low"), (0.5, "high"), (0.25, "low"), (0.25, "normal"), (0.25, "high")]
+    assert asked == rest
+    assert [row["effort"] for row in rows] == [level for _, level in rest]
     assert set(rows[0]) == set(effort.COLUMNS)
     assert rows[0][effort.SCALED] == 12.3
 

@@ -27,11 +27,12 @@ class AllocationOptions(Options):
         description="How a budget is spread: by a mixed-integer program over measured losses, by the lowest scores "
         "wherever they are, or as the same share of every group.",
     )
-    effort: Literal["normal", "high"] = Field(
+    effort: Literal["low", "normal", "high"] = Field(
         "normal",
-        description="How widths are chosen by the program: by the loss of every group alone, or by its mean with the "
-        "loss around the first plan, which takes more than twice as long. The plan that loses less is kept. With "
-        "normal, a large network is measured on fewer samples.",
+        description="How widths are chosen by the program: by the loss of every group alone, with low measured at "
+        "fewer widths and on a quarter of the samples, or with high by its mean with the loss around the first plan, "
+        "which takes more than twice as long. The plan that loses less is kept. With normal, a large network is "
+        "measured on fewer samples.",
     )
     rotate: Literal["auto", "none"] = Field(
         "auto",
