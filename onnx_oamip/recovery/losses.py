@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from onnx_oamip.core.records.objective import Objective, Scale, Term
+from onnx_oamip.core.records.objective import MASKED, Objective, Scale, Term
 from onnx_oamip.objective.divergences import SMALLEST
 from onnx_oamip.objective.normaliser import cutoff
 from onnx_oamip.recovery.features import Feature
@@ -127,7 +127,7 @@ def _term(term: Term, truth: Tensor, found: Tensor) -> Tensor:
         variance = torch.as_tensor(scale.variance, dtype=old.dtype, device=old.device)
         known = torch.isfinite(old)
         if term.fill is not None:  # masked entries, as ``Term.values`` finds them
-            known &= old / term.fill <= 0.5
+            known &= old / term.fill <= MASKED
         error = torch.where(known, new - torch.where(known, old, 0.0), 0.0)
         losses.append((error * error / variance).mean())
     # Of an ambiguous output the objective takes the worse of two losses. Steps against that one alone raise the other.

@@ -24,6 +24,9 @@ Form: TypeAlias = Literal["auto", "logits", "probabilities", "scores"]
 """Form of stored decisions. ``auto``: logits or probabilities, found on data; ``scores``: compared with a threshold."""
 Source: TypeAlias = Literal["structure", "labels", "user"]
 
+MASKED = 0.5
+"""Share of the large number for masked entries beyond which an entry is masked: a computed mask adds it to them."""
+
 CHOICES: tuple[Kind, ...] = ("classes", "binary", "values", "embedding", "ignore")
 """Kinds that a user can choose."""
 
@@ -121,13 +124,13 @@ class Term:
             array: The tensor that the term compares, of one batch.
 
         Returns:
-            As :meth:`rows`, with minus infinity for entries beyond half of ``fill``: a computed mask adds it to them.
+            As :meth:`rows`, with minus infinity for entries beyond ``MASKED`` of ``fill``.
         """
         rows = self.rows(array)
         if self.fill is None:
             return rows
         with np.errstate(invalid="ignore"):
-            return np.where(rows / self.fill > 0.5, -np.inf, rows)
+            return np.where(rows / self.fill > MASKED, -np.inf, rows)
 
     def positions(self, array: Array) -> tuple[int, ...]:
         """Return the lengths of the axes that the rows of :meth:`rows` run over.
