@@ -9,11 +9,13 @@ Reference: ONNX operator specification, sequence and optional operators.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnx_oamip.graph import subgraphs
 
 SPLIT_BY_INPUT = 13
 """Opset from which Split takes its lengths as an input."""
@@ -39,24 +41,13 @@ def write_out(proto: ModelProto) -> None:
 
 def _drop_unread(graph: GraphProto, made: set[str]) -> None:
     """Remove nodes that make a known sequence which nothing reads any more."""
-    readers = Counter(_reads(graph))
+    readers = Counter(name for node in graph.node for name in subgraphs.reads(node))
     readers.update(value.name for value in graph.output)
     for node in reversed(list(graph.node)):
         makes_sequence = not node.domain and (node.op_type in _MAKERS or node.op_type == "Identity")
         if makes_sequence and made.issuperset(node.output) and not readers[node.output[0]]:
             readers.subtract(node.input)
             graph.node.remove(node)
-
-
-def _reads(graph: GraphProto) -> Iterator[str]:
-    """Names that the nodes of a graph and of its bodies read."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _reads(attribute.g)
-            for body in attribute.graphs:
-                yield from _reads(body)
 
 
 class _Unrolled:
