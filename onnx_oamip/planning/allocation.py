@@ -39,6 +39,7 @@ from onnx_oamip.planning.budget_program import (
     choose,
     fewest_units,
     multiplier,
+    within_loss,
 )
 from onnx_oamip.programs.program_files import ProgramFile
 from onnx_oamip.programs.solvers import SolverLimits
@@ -202,8 +203,11 @@ def allocate(
     if ladder is not None:
         if settings.max_loss is None:
             programmed = ladder
-        else:
+        elif settings.max_drop is None:
             programmed = fewest_units(ladder, settings.max_loss)
+        else:
+            # The search over the drop asks for wider models too, which the fewest units within the loss are not.
+            programmed = within_loss(ladder, settings.max_loss)
         try:
             widths, programs = _programmed(
                 programmed,

@@ -124,6 +124,19 @@ def fewest_units(ladder: Ladder, max_loss: float) -> Ladder:
     return replace(ladder, cost=units, bounded=ladder.cost, most=max_loss)
 
 
+def within_loss(ladder: Ladder, max_loss: float) -> Ladder:
+    """Bound the summed loss, and minimise it within the budgets.
+
+    Args:
+        ladder: Candidate widths and losses.
+        max_loss: Upper bound on the sum of the losses.
+
+    Returns:
+        The ladder with the bound.
+    """
+    return replace(ladder, bounded=ladder.cost, most=max_loss)
+
+
 def multiplier(ladder: Ladder, max_loss: float) -> tuple[float, float]:
     """Solve the linear relaxation of the program for the fewest units within a bound on the summed loss.
 

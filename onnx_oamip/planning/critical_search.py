@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.records import (
     Plan,
 )
@@ -28,16 +27,13 @@ def fewest_units(ready: Prepared) -> Attempt:
     """Find the fewest units that keep the accuracy on held-out samples, before and after the refit.
 
     Losses are measured a second time around the first result, where the groups stand in for each other. If a refit
-    makes a plan lose more than ``critical_units.POINTS``, the next wider one follows.
+    makes a plan lose more than ``critical_units.POINTS``, the next wider one follows; the last one keeps all units.
 
     Args:
         ready: Scores and losses.
 
     Returns:
         The attempt; a note of its plan describes the units.
-
-    Raises:
-        BudgetNotMet: No plan that was tried keeps the accuracy.
     """
     assert ready.held_out is not None  # `oamip` needs data, a part of which is held out
     original = original_answers(ready)
@@ -62,10 +58,13 @@ def fewest_units(ready: Prepared) -> Attempt:
                 chosen, ready.coupling, points, lost.measure, ready.held_out.count
             )
             return replace(found, plan=replace(chosen, notes=(*chosen.notes, note)))
-    raise BudgetNotMet(
-        f"no plan loses at most {critical_units.POINTS} points on {ready.held_out.source} before and after the refit; "
-        "give a budget, or `max_drop`."
+    chosen = _all_units(silent)
+    note = (
+        f"critical units: all {len(chosen.keep)}, as every plan that was tried with fewer of them loses more than "
+        f"{critical_units.POINTS} points on {ready.held_out.source}, before or after the refit; a budget, or "
+        "`max_drop`, allows more"
     )
+    return carry_out(silent, replace(chosen, notes=(*chosen.notes, note)))
 
 
 def _number_of_units(kept: tuple[Plan, Drop]) -> int:
@@ -103,6 +102,12 @@ def _keeping_accuracy(ready: Prepared, original: equivalence.Answers) -> list[tu
         if missed <= critical_units.RESOLUTION * held:
             break
     return kept
+
+
+def _all_units(ready: Prepared) -> Plan:
+    """Plan that nothing limits."""
+    settings = ready.settings.model_copy(update={"threshold": None})
+    return allocate(replace(ready, settings=settings), allocation.Limits({}, ready.before))
 
 
 def _within_loss(ready: Prepared, bound: float) -> Plan:

@@ -16,8 +16,12 @@ from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import Array, Budget, Report, Scores
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.planning import critical_units
+from onnx_oamip.planning import critical_search, critical_units
+from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.planning.critical_units import is_asked_for, is_possible, next_bound
+from onnx_oamip.planning.drop_search import Drop
+from onnx_oamip.planning.execution import Attempt
+from onnx_oamip.verification.equivalence import Answers
 
 UNITS, IMPORTANT = 12, 5
 TEXT = f"""(float[batch,6] x) => (float[batch,4] scores)
@@ -77,6 +81,21 @@ def test_critical_units_keep_the_accuracy(model: Path, refit: str) -> None:
     assert report.budget == Budget()
     (note,) = [n for n in report.plan.notes if n.startswith("critical units")]
     assert note.startswith(f"critical units: {record['units']} of {2 * UNITS} (w1 ")
+
+
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_all_units_are_kept_where_every_plan_loses_accuracy(
+    model: Path, refit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(ready: Prepared, original: Answers, found: Attempt) -> Drop:
+        return Drop(3.0, "accuracy")
+
+    monkeypatch.setattr(critical_search, "measured_drop", lose)
+    report = _prune(model, refit=refit)
+    assert report.plan.keep.all()
+    (note,) = [n for n in report.plan.notes if n.startswith("critical units")]
+    assert note.startswith(f"critical units: all {2 * UNITS}, as every plan")
+    assert {m.lost for m in report.verification.outputs} == {0.0}
 
 
 def test_threshold_of_decoupled_scores_finds_the_critical_units(model: Path) -> None:
@@ -157,3 +176,19 @@ def test_bounds_are_bracketed_and_halved_geometrically() -> None:
     assert next_bound(first, inf) == critical_units.FACTOR * first
     assert next_bound(0.0, first) == first / critical_units.FACTOR
     assert next_bound(0.01, 0.04) == pytest.approx(0.02)
+
+
+def test_max_drop_finds_a_plan_below_the_largest_loss(model: Path) -> None:
+    """The fewest units within the largest loss lose more than the drop; plans of smaller losses do not."""
+    kept = {"importance": "obs", "refit": "none"}
+    alone = _prune(model, max_loss=0.5, **kept)
+    assert max(m.lost for m in alone.verification.outputs) > 1
+    both = _prune(model, max_loss=0.5, max_drop=1.0, **kept)
+    assert max(m.lost for m in both.verification.outputs) <= 1
+    assert not both.plan.keep.all()
+    assert both.plan.programs[-1]["loss"] <= 0.5
+    drop = _prune(model, max_drop=1.0, **kept)
+    assert both.after.macs == drop.after.macs
+    tight = _prune(model, max_loss=1e-5, max_drop=1.0, **kept)
+    assert tight.plan.programs[-1]["loss"] <= 1e-5
+    assert tight.after.macs > both.after.macs
