@@ -558,6 +558,7 @@ def _finish(
             *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
             *equivalence.few_samples(verification.samples),
+            *verification.notes,
             *proof.slowdown(verification.latency),
             *proof.elsewhere(ready, result),
             *ready.store.notes(),

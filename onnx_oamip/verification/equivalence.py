@@ -81,10 +81,12 @@ class Proof:
     """Largest difference between the cut and the masked model, relative to the scale of the compared tensors.
 
     ``rounding`` is how far rounding alone moves the masked model there; None where the tolerance was enough.
+    ``is_unrounded``: the models only agree where activations keep real numbers in place of their codes.
     """
 
     distance: float
     rounding: float | None
+    is_unrounded: bool = False
 
 
 class Answers(Protocol):
@@ -284,7 +286,7 @@ def prove(
                 for proto, what in zip(pair, ("the masked model", "the cut model"), strict=True)
             )
             if (differences(one, two, samples, batch_size) <= tolerance(model)).all():
-                return Proof(worst, worst)
+                return Proof(worst, worst, is_unrounded=True)
     if not (found <= allowed).all():
         place = int((found / allowed).argmax())
         explained = (

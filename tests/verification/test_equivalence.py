@@ -12,6 +12,7 @@ import pytest
 from graphs import NETS, build, constants, load, samples
 from onnx import ModelProto, numpy_helper
 
+import onnx_oamip
 from onnx_oamip.core.errors import GateFailed
 from onnx_oamip.core.records import (
     Array,
@@ -303,6 +304,25 @@ def test_code_near_a_tie_is_no_difference(step: float, holds: bool, tmp_path: Pa
         return
     proof = equivalence.prove(model, model.proto, moved, found, 6)
     assert proof.rounding == proof.distance > 100 * equivalence.TOLERANCE
+    assert proof.is_unrounded
+
+
+def test_proof_without_the_rounding_of_codes_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(build(QUANTISED), path)
+    monkeypatch.setattr(
+        equivalence, "prove", lambda *_, **__: equivalence.Proof(0.03, 0.03, is_unrounded=True)
+    )
+    x = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    without_data = {"importance": "l2", "allocate": "uniform", "refit": "none"}
+    for data, settings in (({"x": x}, {}), (None, without_data)):
+        caplog.clear()
+        report = onnx_oamip.prune(path, data, macs=0.9, force=True, **settings).report
+        (note,) = [note for note in report.notes if "rounded to codes" in note]
+        assert note.startswith("the cut model differs from the masked original by 3.00e-02")
+        assert note in caplog.messages
 
 
 def test_every_output_is_checked_separately(tmp_path: Path) -> None:

@@ -225,6 +225,7 @@ class Verification:
     measures of all terms of the objective, the worst first; ``outputs_before_refit`` those of the cut model, empty if
     nothing was refitted. ``agreement`` and the accuracies are those of the first term with decisions;
     ``output_relative_error`` is that of the worst output. ``objective``: the terms, where no other record holds them.
+    ``notes``: remarks for the report.
     """
 
     masked_equivalence: float | None
@@ -241,6 +242,7 @@ class Verification:
     outputs_before_refit: tuple[Measure, ...] = ()
     metric: MetricValues | None = None
     objective: Objective = field(default_factory=Objective)
+    notes: tuple[str, ...] = ()
 
     @property
     def latency_ratio(self) -> float | None:
