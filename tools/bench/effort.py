@@ -17,8 +17,8 @@ from onnx_oamip.core.options.plan import AllocationOptions
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.planning import search
 
-from .larger import Bench, absent
-from .studies import MODELS, Resumable, Row, paths
+from .larger import Bench, benches
+from .studies import Resumable, Row
 
 STUDY = "effort"
 NETWORKS = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion", "efficientnet-lite0")
@@ -32,14 +32,8 @@ COLUMNS = ("model", "MACs asked", "effort", "after", SCALED, SECONDS)
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
     """One row per network, budget and level."""
     study = Resumable(out, STUDY, COLUMNS, seed, clocked=(SECONDS,))
-    for name in names or NETWORKS:
-        if name not in MODELS and (missing := absent(name, larger)):
-            print(missing, flush=True)
-            continue
-        model, data = paths(name) if name in MODELS else (None, None)
-        folder = larger if model is None else model.parent
-        assert folder is not None
-        for row in _rows(Bench(name, folder, data), seed, study):
+    for bench in benches(names or NETWORKS, larger):
+        for row in _rows(bench, seed, study):
             study.add(row)
     return study.save()
 

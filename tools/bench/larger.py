@@ -11,7 +11,7 @@ and no row is measured twice. ``--method NAME`` and ``--budget SHARE`` measure a
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 
 from .rivals import OURS, bisect
-from .studies import LeftOut, Resumable, Row, save
+from .studies import MODELS, LeftOut, Resumable, Row, paths, save
 
 if TYPE_CHECKING:
     from .larger_rivals import Peer
@@ -183,6 +183,19 @@ class Bench:
             "first five kept %": round(100 * first_kept(self.expected, found), 2),
             "divergence": round(divergence(self.expected, found), 4),
         }
+
+
+def benches(names: Iterable[str], larger: Path | None) -> Iterator[Bench]:
+    """Shipped networks, and those in the folder of larger ones, each with its data; a line for every other."""
+    for name in names:
+        if name in MODELS:
+            model, data = paths(name)
+            yield Bench(name, model.parent, data)
+        elif missing := absent(name, larger):
+            print(missing, flush=True)
+        else:
+            assert larger is not None
+            yield Bench(name, larger)
 
 
 def cost_of(proto: onnx.ModelProto) -> Cost:

@@ -16,8 +16,8 @@ from onnx_oamip.api import prepare
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.planning import search
 
-from .larger import Bench, absent
-from .studies import MODELS, Resumable, Row, paths
+from .larger import Bench, benches
+from .studies import Resumable, Row
 
 STUDY = "mechanisms"
 NETWORKS = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion", "efficientnet-lite0")
@@ -46,11 +46,7 @@ COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
     """One row per network, budget and choice of mechanisms."""
     study = Resumable(out, STUDY, COLUMNS, seed)
-    for name in names or NETWORKS:
-        if name not in MODELS and (missing := absent(name, larger)):
-            print(missing, flush=True)
-            continue
-        bench = _bench(name, larger)
+    for bench in benches(names or NETWORKS, larger):
         for row in _rows(bench, seed, study):
             study.add(row)
     return study.save()
@@ -76,15 +72,6 @@ def _without(names: list[str]) -> dict[str, str]:
     for name in dict.fromkeys([*names, *idle]):
         settings.update(OFF[name])
     return settings
-
-
-def _bench(name: str, larger: Path | None) -> Bench:
-    """A shipped network, or one of the folder of larger ones, with its data."""
-    if name in MODELS:
-        model, data = paths(name)
-        return Bench(name, model.parent, data)
-    assert larger is not None
-    return Bench(name, larger)
 
 
 def _rows(bench: Bench, seed: int, study: Resumable) -> Iterator[Row]:
