@@ -202,8 +202,15 @@ def score(
 
     Raises:
         DataError: The method needs calibration data.
+        SettingsError: Files of programs are named, and the method solves none.
         OamipError: Other bad input.
     """
+    asked = _program_files(settings)
+    if asked and not _scores_by_program(settings):
+        raise SettingsError(
+            f"`{asked[0]}` is about programs that are solved, and `importance={settings.importance}` solves none; "
+            "leave it out."
+        )
     if source is None and find(settings.importance).requests(settings):
         raise DataError(f"`importance={settings.importance}` needs calibration data; give `data`.")
     op_libraries.use(settings.op_library)
@@ -330,12 +337,8 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
 
 def _check_program_files(settings: Settings, scored: bool) -> None:
     """Refuse files of programs where none is solved."""
-    files = {"write_program": settings.write_program, "read_solutions": settings.read_solutions}
-    asked = [name for name, value in files.items() if value is not None]
-    # A method from elsewhere may solve programs of its own.
-    scores_by_program = not scored and (
-        settings.importance == "oamip" or not is_own(find(settings.importance).score)
-    )
+    asked = _program_files(settings)
+    scores_by_program = not scored and _scores_by_program(settings)
     if not asked or scores_by_program or width_losses.programmed(settings):
         return
     method = "" if scored else f"`importance={settings.importance}` with "
@@ -343,6 +346,17 @@ def _check_program_files(settings: Settings, scored: bool) -> None:
         f"`{asked[0]}` is about programs that are solved, and {method}`allocate={settings.allocate}` and these budgets "
         "solve none; leave it out."
     )
+
+
+def _program_files(settings: Settings) -> list[str]:
+    """Names of the settings that name files of programs."""
+    files = {"write_program": settings.write_program, "read_solutions": settings.read_solutions}
+    return [name for name, value in files.items() if value is not None]
+
+
+def _scores_by_program(settings: Settings) -> bool:
+    """True if scores come from programs. A method from elsewhere may solve some of its own."""
+    return settings.importance == "oamip" or not is_own(find(settings.importance).score)
 
 
 def _check_amount(settings: Settings) -> None:

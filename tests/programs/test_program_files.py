@@ -258,3 +258,15 @@ def test_files_of_programs_are_refused_where_none_is_solved(options: dict[str, s
     prepare.check(scores, "data.npz")
     with pytest.raises(SettingsError, match="`allocate=uniform` and these budgets solve none"):
         prepare.check(scores, "data.npz", scored=True)
+
+
+@pytest.mark.parametrize("name", ["write_program", "read_solutions"])
+def test_files_of_programs_are_refused_for_scores_that_need_none(name: str, tmp_path: Path) -> None:
+    path, source = _task(MLP, tmp_path)
+    settings = _settings(**{name: str(tmp_path / "programs")}, importance="l2")
+    with pytest.raises(
+        SettingsError, match=rf"`{name}` is .*`importance=l2` solves none"
+    ) as caught:
+        pipeline.score(path, source, None, settings)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "programs").exists()
