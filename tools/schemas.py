@@ -51,6 +51,8 @@ OPEN = frozenset(
 """Keys whose object has names of its own."""
 FREE = frozenset({"settings", "reading", "metric", "connections", "fp16_zip"})
 """Keys whose value has another form under other options: it is not described."""
+SENTENCES = frozenset({"failures", "notes", "problems", "warnings"})
+"""Keys whose value is a list of texts, of which a run has any number: measured times and sizes decide some of them."""
 NULLABLE = ["object", "null"]
 MODEL, DATA = "lenet300-mnist.onnx", "mnist.npz"
 QUICK = ["--importance", "l2", "--cache", "off", "--device", "cpu"]
@@ -183,6 +185,8 @@ def schema_of(value: Any, key: str = "") -> dict[str, Any]:
         return {"type": ["number", "null"]}
     if isinstance(value, str):
         return {"type": ["string", "null"]}
+    if isinstance(value, list) and key in SENTENCES:
+        return {"type": ["array", "null"], "items": schema_of("")}
     if isinstance(value, list):
         return {"type": ["array", "null"], "items": _merged([schema_of(item) for item in value])}
     if key in OPEN:
