@@ -36,6 +36,7 @@ from onnx_oamip.graph.ops import Total, Trait, kinds, lookup, rule_errors
 from onnx_oamip.graph.ops.inserted_nodes import (
     Names,
     Present,
+    computes_whole,
     restore_zeros,
     scale,
     take_kept,
@@ -555,7 +556,7 @@ def _picks(model: Model, coupling: Coupling, names: Names) -> list[Insertion]:
     makers = {name: node for node in model.nodes for name in node.outputs}
     result = []
     for tensor, axis in coupling.axes:
-        if tensor in model.computed and tensor not in model.views:
+        if tensor in makers and computes_whole(makers[tensor], model):
             every_index = np.ones(model.shapes[tensor][axis], bool)
             added = take_kept(makers[tensor], {axis: every_index}, names)
             n_bytes = added.nbytes(makers[tensor])

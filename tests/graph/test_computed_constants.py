@@ -198,6 +198,43 @@ def test_cut_equals_masked_original_and_costs_what_was_predicted(form: str, tmp_
         assert _file_bytes(cut) < _file_bytes(model.proto)
 
 
+FILLED = """(float[N,6] x) => (float[N,4] y)
+<float[6,80] w1, int64[1] k = {80}, int64[1] n = {80}, float[80,80] w2, float[80,4] w3> {
+    a = MatMul(x, w1)
+    half = ConstantOfShape<value = float[1] {0.5}>(k)
+    b = Add(a, half)
+    c = Relu(b)
+    d = MatMul(c, w2)
+    whole = ConstantOfShape<value = float[1] {-0.25}>(n)
+    turned = Neg(whole)
+    e = Mul(d, turned)
+    f = Relu(e)
+    y = MatMul(f, w3)
+}"""
+
+
+def test_constant_of_one_number_is_cut_by_its_lengths(tmp_path: Path) -> None:
+    """Where the kept indices are taken of it, reading the file folds both nodes, and their numbers count as weights."""
+    proto = build(FILLED)
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+    model = load(proto, tmp_path)
+    assert cost.count(model).params == _parameters(proto)
+    coupling = couple(model)
+    keep = random_keep(coupling, np.random.default_rng(3), 0.5)
+    keep[coupling.groups[0].units[:4]] = False
+    cut = assert_exact(model, coupling, keep)
+    read = [node.input[0] for node in cut.graph.node if node.op_type == "Gather"]
+    assert len(read) == 1
+    assert read[0].startswith("turned")
+    lengths = {n.op_type: n.input[0] for n in cut.graph.node if n.output[0] in ("half", "whole")}
+    assert set(lengths) == {"ConstantOfShape"}
+    widths = np.asarray([int(keep[g.units].sum()) for g in coupling.groups], np.int64)
+    predicted = cost.ledger(model, coupling).cost(widths)
+    assert abs(predicted.bytes - _file_bytes(cut)) <= 40
+    assert predicted.params == _parameters(cut)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_values_of_computed_constants_are_those_of_the_runtime(form: str, tmp_path: Path) -> None:
     model = load(build(FORMS[form][0]), tmp_path)

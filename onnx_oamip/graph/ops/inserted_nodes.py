@@ -23,7 +23,7 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
-from onnx_oamip.graph.ops import Edit
+from onnx_oamip.graph.ops import Edit, kinds
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,22 @@ def _places(keep: Bools) -> Ints:
     """Index of every channel in a tensor of the kept channels and one zero; removed channels get the zero."""
     kept_so_far = np.cumsum(keep)
     return np.where(keep, kept_so_far - 1, keep.sum())
+
+
+def computes_whole(node: Node, model: Model) -> bool:
+    """Test for a node that computes a whole constant, from which the kept indices are taken.
+
+    Args:
+        node: Any node.
+        model: Model that holds it.
+
+    Returns:
+        True if its output is a computed constant that is neither a view of an initialiser nor filled with one number:
+        a node that fills computes the narrower constant from other lengths.
+    """
+    if not node.outputs or node.op in kinds.FILL:
+        return False
+    return node.outputs[0] in model.computed and node.outputs[0] not in model.views
 
 
 def take_kept(node: Node, kept: Mapping[int, Bools], names: Names) -> Added:

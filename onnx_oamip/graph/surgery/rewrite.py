@@ -40,6 +40,7 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     Added,
     Names,
     Present,
+    computes_whole,
     edits_of_further_cut,
     restore_zeros,
     scale,
@@ -215,10 +216,10 @@ def _repairs(model: Model, cuts: _Cuts, touched: Set[str], leave: Set[str]) -> d
 
 
 def _kept_of_computed_constant(node: Node, model: Model, cuts: _Cuts) -> dict[int, Bools]:
-    """Kept indices by axis of a constant that a node computes, and that is no view of an initialiser."""
-    name = node.outputs[0] if node.outputs else ""
-    if name not in model.computed or name in model.views:
+    """Kept indices by axis of a constant that a node computes as a whole."""
+    if not computes_whole(node, model):
         return {}
+    name = node.outputs[0]
     ranks = range(len(model.shapes[name]))
     return {axis: keep for axis in ranks if (keep := cuts.keep(name, axis)) is not None}
 
