@@ -42,6 +42,11 @@ class Effect:
     idle: frozenset[str]
     obstacle: str = ""
 
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Names of the nodes that compute nothing any more: those without effect, and those that become constants."""
+        return (*sorted(self.idle), *self.biases)
+
 
 NO_EFFECT = Effect({}, {}, frozenset())
 """Effect where every group has units."""

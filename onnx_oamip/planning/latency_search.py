@@ -131,8 +131,7 @@ def removed_nodes(ready: Prepared) -> tuple[str, ...]:
         Their names, with those of the nodes that become constants.
     """
     keep = ~np.isin(ready.coupling.unit_group, sorted(ready.emptied))
-    effect = effect_of(ready.model, ready.coupling, keep)
-    return (*effect.idle, *effect.biases)
+    return effect_of(ready.model, ready.coupling, keep).removed
 
 
 def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:

@@ -22,12 +22,14 @@ from onnx_oamip.core.records import Array, Pruned
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.cost import Products, full_widths
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.planning import (
     allocation,
     calibration_loss,
     emptied_branches,
     latency_search,
+    latency_tables,
     search,
 )
 from onnx_oamip.planning.attempts import Prepared, losses
@@ -274,6 +276,40 @@ def test_times_are_measured_once_and_corrected_without_a_branch(
     profiled.clear()
     search.search(ready)
     assert len(profiled) == 1
+
+
+def test_branch_is_left_out_by_the_times_of_another_device(
+    weak: ModelProto, tmp_path: Path
+) -> None:
+    """The layers of the second branch take 2 ms each at any width there, and the others their time per MAC."""
+    onnx.save(weak, tmp_path / "model.onnx")
+    model = models.load(tmp_path / "model.onnx")
+    coupling = couple(model)
+    costs = cost.ledger(model, coupling)
+    full = full_widths(coupling)
+    branch = {n.name for n in model.nodes if {"wb1", "wb2"} & set(n.inputs)}
+    linear = [n for n in model.nodes if any(name.startswith("w") for name in n.inputs)]
+
+    def run(share: float) -> dict[str, Any]:
+        widths = np.maximum(1, np.round(share * full)).astype(np.int64)
+        times = {n.name: 2.0 if n.name in branch else share**2 for n in linear}
+        named = dict(zip((g.name for g in coupling.groups), widths.tolist(), strict=True))
+        return {"widths": named, "milliseconds": sum(times.values()), "nodes": times}
+
+    table = {"kind": "onnx-oamip latency table", "schema_version": 1, "device": "elsewhere"}
+    table |= {"step": 1, "runs": [run(share) for share in (1.0, 0.75, 0.5, 0.25)]}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    asked = {"macs": None, "latency": 0.5, "latency_table": str(path), "empty": "auto"}
+    ready = _ready(weak, tmp_path, **asked)
+    found = search.search(ready)
+    assert _emptied(ready, found.plan.widths) == {"wb1"}
+    ratio = latency_tables.predicted(str(path), ready.model, ready.coupling, found.plan.widths)
+    assert 0.1 < ratio <= 0.5
+    assert costs.cost(found.plan.widths).macs > 0.4 * costs.cost(full).macs
+    # With both branches, 4 of 8 ms remain at any width.
+    with pytest.raises(BudgetNotMet):
+        search.search(_ready(weak, tmp_path, **{**asked, "empty": "none"}))
 
 
 def test_plans_are_compared_before_they_are_finished(
