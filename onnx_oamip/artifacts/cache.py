@@ -245,6 +245,8 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
             digest.update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
     if samples.labels is not None:
         digest.update(np.ascontiguousarray(samples.labels).tobytes())
+    if samples.groups is not None:
+        digest.update(f"groups {samples.groups.tolist()}".encode())
     layouts = sorted(samples.layouts.items())
     shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items()), layouts]
     return {"model": model.sha256, "data": digest.hexdigest(), "shape": shape}

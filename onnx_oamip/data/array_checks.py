@@ -19,9 +19,11 @@ from onnx_oamip.core.records import (
 from onnx_oamip.data import layouts, out_of_core
 from onnx_oamip.data.layouts import fits, fixed
 from onnx_oamip.data.out_of_core import Values
-from onnx_oamip.data.unequal import Stored, UnequalArrays
+from onnx_oamip.data.unequal import Stored, UnequalArrays, as_text
 
 LABELS = "labels"
+GROUPS = "groups"
+"""Name of the array that says what each sample is a part of."""
 SCALE = ".scale"
 """Suffix of the array that holds an input's scale."""
 OFFSET = ".offset"
@@ -59,14 +61,14 @@ def check_names(arrays: Mapping[str, Stored], model: Model, where: str) -> None:
             f"{where} has arrays for {listed} but the model's input is '{missing[0]}' "
             f"({expected(model.port(missing[0]))}); name the array after the input."
         )
-    allowed = {*names, LABELS}
+    allowed = {*names, LABELS, GROUPS}
     for name in names:
         allowed |= {name + SCALE, name + OFFSET}
     extra = sorted(set(arrays) - allowed)
     if extra:
         raise DataError(
             f"{where} has an array '{extra[0]}' that is no input of the model; inputs are {', '.join(names)}, "
-            "and 'labels' is optional."
+            "and 'labels' and 'groups' are optional."
         )
 
 
@@ -363,3 +365,28 @@ def check_labels(given: Stored, count: int, where: str) -> Array:
             f"{where}: 'labels' has the negative class {int(labels.min())}; classes count from 0."
         )
     return labels.astype(np.int64)
+
+
+def check_groups(given: Stored, count: int, where: str) -> Array:
+    """Check the groups of samples.
+
+    Args:
+        given: Groups, samples along axis 0.
+        count: Number of samples.
+        where: Name of the source.
+
+    Returns:
+        One number or text per sample (count,).
+
+    Raises:
+        DataError: The groups are neither whole numbers nor texts, or not one per sample.
+    """
+    if isinstance(given, UnequalArrays) or given.size != count or given.shape[:1] != (count,):
+        shape = "arrays of unequal shapes" if isinstance(given, UnequalArrays) else given.shape
+        raise DataError(
+            f"{where}: 'groups' has {shape}; expected ({count},), one number or text per sample."
+        )
+    groups = as_text(np.asarray(given))
+    if groups.dtype.kind not in "biuU":
+        raise DataError(f"{where}: 'groups' is {groups.dtype}; expected whole numbers or texts.")
+    return groups.reshape(count)

@@ -1,10 +1,10 @@
 """Calibration and evaluation data as samples, checked against the model and split into feeds.
 
-Format of ``.npz`` (``.npy`` for a model with one input): arrays by input name, optional ``labels``. Axis 0 counts
-samples; ``layouts`` has all layouts of an array. An integer array for a floating input needs the meaning of its codes:
-``NAME.scale`` and optional ``NAME.offset`` give ``value * scale + offset``. Keys that start with ``eval.`` hold
-evaluation data in the same way. A key that is the name of an input is that input, whatever it starts or ends with.
-``formats`` lists the other sources.
+Format of ``.npz`` (``.npy`` for a model with one input): arrays by input name, optional ``labels``, optional ``groups``
+that say what each sample is a part of. Axis 0 counts samples; ``layouts`` has all layouts of an array. An integer array
+for a floating input needs the meaning of its codes: ``NAME.scale`` and optional ``NAME.offset`` give
+``value * scale + offset``. Keys that start with ``eval.`` hold evaluation data in the same way. A key that is the name
+of an input is that input, whatever it starts or ends with. ``formats`` lists the other sources.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.data import (
     array_checks,
+    division,
     feed_functions,
     formats,
     in_memory,
@@ -38,7 +39,7 @@ from onnx_oamip.data import (
     out_of_core,
     unequal,
 )
-from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
+from onnx_oamip.data.array_checks import GROUPS, LABELS, OFFSET, SCALE, Scaling
 from onnx_oamip.data.layouts import Layout
 from onnx_oamip.data.loaded import Loaded
 from onnx_oamip.data.unequal import FeedCollector, Stored, UnequalArrays, as_text
@@ -75,6 +76,7 @@ class Samples:
         arrays: Stored arrays by input name. Large ones may stay in a file, from which a feed reads its part. One that
             all feeds share has length 1 on axis 0.
         labels: Whole numbers or floats, samples along axis 0; None if unknown.
+        groups: Group of each sample, such as the recording that it is a part of (count,); None if the data name none.
         count: Number of samples.
         layouts: Layout of each array.
         scales: Scale and offset by input. They are applied when a feed is made, so that compact arrays stay compact.
@@ -97,6 +99,7 @@ class Samples:
     origin: Ints | None = None
     reading: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    groups: Array | None = None
 
     @property
     def whole(self) -> bool:
@@ -197,6 +200,7 @@ class Samples:
             self,
             arrays=arrays,
             labels=None if self.labels is None else self.labels[index],
+            groups=None if self.groups is None else self.groups[index],
             count=len(index),
             origin=index if self.origin is None else self.origin[index],
         )
@@ -404,6 +408,9 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
     # An input may be called "labels"; then its array is data.
     if LABELS in given and LABELS not in arrays:
         labels = array_checks.check_labels(given[LABELS], count, where)
+    groups = None
+    if GROUPS in given and GROUPS not in arrays:
+        groups = array_checks.check_groups(given[GROUPS], count, where)
     samples = Samples(
         arrays=arrays,
         labels=labels,
@@ -415,6 +422,7 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
         source=where,
         reading=loaded.reading,
         notes=loaded.notes,
+        groups=groups,
     )
     if samples.whole:
         return samples
@@ -457,7 +465,7 @@ def at_data(model: Model, samples: Samples) -> Model:
 
 def _rebatched(arrays: Mapping[str, Stored], model: Model) -> Mapping[str, Stored]:
     """Batches of a loader, whose last one is smaller, as samples along axis 0; other arrays as they are."""
-    names = {port.name for port in model.inputs} | ({LABELS} & set(arrays))
+    names = {port.name for port in model.inputs} | ({LABELS, GROUPS} & set(arrays))
     batches = {
         name: array
         for name, array in arrays.items()
@@ -493,11 +501,17 @@ def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
 
     Returns:
         Calibration samples (four fifths) in random order, as :func:`shuffle` does, and evaluation samples (one fifth)
-        in their original order, each with its share of rare labels. Too few samples to split are returned as both.
+        in their original order, each with its share of rare labels. Where the samples have groups, whole ones are held
+        out, and the shares may differ. Too few samples to split are returned as both.
+
+    Raises:
+        DataError: The groups cannot be divided.
     """
     if samples.count < 2:
         return samples, samples
     order = _random_order(samples, seed)
+    if samples.groups is not None:
+        return _hold_out_groups(samples, samples.groups, order, seed)
     rare = _rare_labels(samples)
     if rare is not None:
         # The first part gets the first of the rare samples.
@@ -509,6 +523,22 @@ def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
             return samples, samples
     evaluation = np.sort(order[:held_out])
     return samples.take(order[held_out:]), samples.take(evaluation)
+
+
+def _hold_out_groups(
+    samples: Samples, groups: Array, order: Ints, seed: int
+) -> tuple[Samples, Samples]:
+    """Calibration samples in an order, and evaluation samples of other groups in their original order."""
+    batch = samples.fixed_batch or 1
+    wanted = max(batch, samples.count // EVALUATION_PARTS)
+    chosen = division.held_out_groups(groups, wanted, seed, samples.classes)
+    kept, held_out = order[~chosen[order]], np.flatnonzero(chosen)
+    if min(len(kept), len(held_out)) < batch:
+        raise DataError(
+            f"{samples.source}: no choice of whole groups leaves the {batch} samples of a batch on both sides; give "
+            "smaller groups, or held-out samples."
+        )
+    return samples.take(kept), samples.take(held_out)
 
 
 def _rare_labels(samples: Samples) -> Floats | None:

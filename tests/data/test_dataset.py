@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,12 @@ def pair(folder: Path) -> Model:
 def fixed(folder: Path) -> Model:
     """A batch of exactly four."""
     return load(build("(float[4,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), folder)
+
+
+@pytest.fixture(scope="module")
+def vector(folder: Path) -> Model:
+    """One input of five values."""
+    return load(build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), folder)
 
 
 def _load(source: object, model: Model, prefix: str = "") -> Samples:
@@ -668,6 +675,115 @@ def test_hold_out_has_its_share_of_rare_labels(tmp_path: Path, seed: int) -> Non
     assert held.labels is not None
     # One of five belongs to the held-out fifth; the order may round up.
     assert [int((part.labels == 2).sum()) for part in (kept, held)] == [3, 2]
+
+
+def _windows(model: Model, count: int, groups: Sequence[Any] | None = None) -> Samples:
+    """Windows of five values over one sequence, each one value behind the last."""
+    values = np.random.default_rng(0).permutation(count + 4).astype(np.float32)
+    arrays: dict[str, Any] = {"x": np.lib.stride_tricks.sliding_window_view(values, 5)}
+    if groups is not None:
+        arrays["groups"] = groups
+    return _load(arrays, model)
+
+
+def test_held_out_groups_are_as_hard_as_new_ones(tmp_path: Path) -> None:
+    """Errors of the nearest neighbour in the other part, relative to those on windows of new recordings."""
+    text = "(float[N,40] x) => (float[] y) <float[40,3] w> { y = MatMul(x, w) }"
+    model = load(build(text), tmp_path)
+
+    def windows(rng: np.random.Generator) -> Array:
+        """Windows of ten recordings, each one value behind the last."""
+        noise = rng.standard_normal((10, 154))
+        smooth = [np.convolve(row, np.hanning(16), "valid") for row in noise]
+        each = [np.lib.stride_tricks.sliding_window_view(row, 40) for row in smooth]
+        return np.concatenate(each).astype(np.float32)
+
+    def error(known: Array, others: Array) -> float:
+        apart = np.abs(others[:, None] - known[None]).mean(axis=2)
+        return float(apart.min(axis=1).mean())
+
+    groups, single = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        arrays, new = {"x": windows(rng)}, windows(rng)[::5]
+        names = np.repeat(np.arange(10), 100)
+        for given, found in (({"groups": names}, groups), ({}, single)):
+            kept, held = hold_out(_load({**arrays, **given}, model), seed)
+            rows = np.asarray(kept.arrays["x"])
+            found.append(error(rows, np.asarray(held.arrays["x"])) / error(rows, new))
+    assert 0.9 < np.mean(groups) < 1.1
+    assert np.mean(single) < 0.6
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", [int, str])
+def test_groups_are_held_out_as_a_whole(vector: Model, seed: int, kind: type) -> None:
+    sizes = np.random.default_rng(seed).integers(1, 15, 30)
+    names = np.random.default_rng(seed).permutation(np.repeat(np.arange(30), sizes))
+    samples = _windows(vector, len(names), [kind(name) for name in names])
+    kept, held = hold_out(samples, seed)
+    assert kept.groups is not None
+    assert held.groups is not None
+    assert not set(kept.groups) & set(held.groups)
+    assert kept.count + held.count == samples.count
+    assert abs(held.count - samples.count // 5) <= 7
+    again = hold_out(shuffle(samples, 1), seed)[1]
+    assert again.origin is not None
+    np.testing.assert_array_equal(np.sort(again.origin), held.origin)
+
+
+def test_one_large_group_is_not_held_out(vector: Model) -> None:
+    samples = _windows(vector, 50, [0] * 45 + [1] * 5)
+    for seed in range(8):
+        assert hold_out(samples, seed)[1].count == 5
+    halves = hold_out(_windows(vector, 50, [0] * 25 + [1] * 25), 0)
+    assert [part.count for part in halves] == [25, 25]
+
+
+def test_groups_keep_the_shares_of_classes(vector: Model) -> None:
+    samples = _windows(vector, 100, np.repeat(np.arange(20), 5).tolist())
+    labels = np.repeat([0, 0, 0, 1], 25)
+    for seed in range(4):
+        _, held = hold_out(replace(samples, labels=labels), seed)
+        assert held.labels is not None
+        assert int((held.labels == 1).sum()) == 5
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (np.zeros(20, np.int64), "all samples are of one group"),
+        (np.zeros(19, np.int64), r"'groups' has \(19,\); expected \(20,\)"),
+        (np.zeros((20, 2), np.int64), r"'groups' has \(20, 2\)"),
+        (np.zeros(20, np.float32), "'groups' is float32; expected whole numbers or texts"),
+        ([[0], [1, 2]] * 10, "'groups' has arrays of unequal shapes"),
+    ],
+)
+def test_groups_that_divide_nothing_are_refused(vector: Model, groups: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        hold_out(_windows(vector, 20, groups), 0)
+
+
+def test_groups_leave_a_fixed_batch_on_both_sides(fixed: Model) -> None:
+    x = np.zeros((20, 5), np.float32)
+    kept, held = hold_out(_load({"x": x, "groups": np.repeat(np.arange(5), 4)}, fixed), 0)
+    assert (kept.count, held.count) == (16, 4)
+    samples = _load({"x": x, "groups": np.asarray([0] * 18 + [1] * 2)}, fixed)
+    with pytest.raises(DataError, match="leaves the 4 samples of a batch on both sides"):
+        hold_out(samples, 0)
+
+
+def test_feeds_of_a_function_may_name_their_groups(vector: Model) -> None:
+    feeds = [{"x": np.full((1, 5), i, np.float32), "groups": np.asarray(i // 4)} for i in range(20)]
+    samples = dataset.load(iter(feeds), vector)
+    assert samples is not None
+    np.testing.assert_array_equal(samples.groups, np.arange(20) // 4)
+
+
+def test_an_input_may_be_called_groups(tmp_path: Path) -> None:
+    text = "(float[N,5] groups) => (float[] y) <float[5,3] w> { y = MatMul(groups, w) }"
+    samples = _load({"groups": np.zeros((10, 5), np.float32)}, load(build(text), tmp_path))
+    assert samples.groups is None
 
 
 def test_placeholder_feeds_fit_the_model(pair: Model, model: Model) -> None:

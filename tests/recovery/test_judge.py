@@ -125,3 +125,17 @@ def test_held_out_part_of_the_data_judges_and_evaluation_data_do_not(tmp_path: P
     assert (part.count, judged.count) == (13, 3)
     seen = {tuple(row) for row in part.feed(np.arange(13))["x"]}
     assert not seen & {tuple(row) for row in judged.feed(np.arange(3))["x"]}
+
+
+def test_no_group_trains_and_judges(tmp_path: Path) -> None:
+    model = load(build(TEXT), tmp_path)
+    rows = np.arange(240, dtype=np.float32).reshape(40, 6)
+    whole = dataset.load({"x": rows, "groups": np.repeat(np.arange(8), 5)}, model)
+    assert whole is not None
+    evaluation = dataset.load({"x": rows}, model)
+    for samples, held in ((dataset.shuffle(whole, 0), evaluation), dataset.hold_out(whole, 0)):
+        part, judged = split(samples, held, 0)
+        assert part.groups is not None
+        assert judged.groups is not None
+        assert not set(part.groups) & set(judged.groups)
+        assert (part.count, judged.count) == (30, 10)
