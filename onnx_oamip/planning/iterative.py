@@ -96,7 +96,9 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
         collected=Collected(),
     )
     found = scoring.score(remaining)
-    values = below(ready.scores.values, keep, units(ready.coupling, coupling, keep), found.values)
+    places = units(ready.coupling, coupling, keep)
+    places[~_is_same_unit(ready, left)[places]] = -1
+    values = below(ready.scores.values, keep, places, found.values)
     # The draws of a round are over the units that remained.
     scores = ready.constraints.apply(ready.coupling, replace(found, values=values, draws=None))
     ladder, curves = width_losses.measure(
@@ -106,6 +108,17 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
         floor=ready.constraints.floor,
     )
     return replace(ready, scores=scores, ladder=ladder, curves=curves)
+
+
+def _is_same_unit(ready: Prepared, left: Attempt) -> Bools:
+    """Mask of the units that an attempt left as they are in the original (n_units,).
+
+    A linear stream of which it removed nothing has channels there, not principal components.
+    """
+    bases = () if ready.rotation is None else ready.rotation.bases
+    groups = ready.coupling.groups
+    turned_back = [s.group for s, _ in bases if groups[s.group].name not in left.plan.rotated]
+    return ~np.isin(ready.coupling.unit_group, turned_back)
 
 
 def units(whole: Coupling, part: Coupling, keep: Bools) -> Ints:

@@ -51,7 +51,7 @@ def applies(settings: Settings) -> bool:
         settings: Settings of the run.
 
     Returns:
-        True for the default importance, allocation and refit in one round.
+        True for the default importance, allocation and refit.
     """
     return (
         settings.rotate == "auto"
@@ -59,7 +59,6 @@ def applies(settings: Settings) -> bool:
         and settings.allocate == "mip"
         and settings.refit == "least-squares"
         and settings.granularity == "unit"
-        and settings.iterations == 1
     )
 
 

@@ -24,7 +24,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.planning import rotation, search
+from onnx_oamip.planning import execution, iterative, rotation, search
 from onnx_oamip.recovery.features import features
 from onnx_oamip.reporting import documents
 from onnx_oamip.statistics.context import Context
@@ -123,6 +123,46 @@ def test_low_rank_stream_is_narrowed_to_its_rank_without_loss(tmp_path: Path) ->
     assert any("principal components" in note for note in turned.report.notes)
     document = turned.document
     assert [g["rotated"] for g in document["groups"]].count(True) == 1
+
+
+@pytest.mark.parametrize("iterations", [2, 3])
+def test_low_rank_stream_is_narrowed_without_loss_in_rounds(
+    tmp_path: Path, iterations: int
+) -> None:
+    proto = _low_rank()
+    turned, plain = (
+        _pruned(tmp_path, proto, macs=0.5, rotate=rotate, iterations=iterations)
+        for rotate in ("auto", "none")
+    )
+    assert turned.report.plan.rotated == ("w0",)
+    after, before = (result.report.verification.output_relative_error for result in (turned, plain))
+    assert after is not None
+    assert before is not None
+    assert after < 0.5 * before
+    assert turned.report.verification.masked_equivalence < 1e-5
+
+
+def test_scores_of_channels_are_not_taken_for_those_of_components(tmp_path: Path) -> None:
+    """A round that removes nothing of a stream leaves its channels, while the next one counts components."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(_low_rank().SerializeToString())
+    settings = Settings.create(macs=0.6, cache="off", align=1, workers=1)
+    ready = prepare(path, _data(), settings)
+    stream = next(g for g, group in enumerate(ready.coupling.groups) if group.name == "w0")
+    attempt = search.search(ready)
+    assert attempt.plan.rotated == ("w0",)
+    again = iterative._rescored(ready, attempt)
+    of_stream = ready.coupling.unit_group == stream
+    kept = of_stream & attempt.plan.keep
+    assert not np.array_equal(again.scores.values[kept], ready.scores.values[kept])
+    # The same round with all of the stream.
+    keep = attempt.plan.keep | of_stream
+    widths = np.bincount(ready.coupling.unit_group[keep], minlength=len(ready.coupling.groups))
+    plan = replace(attempt.plan, keep=keep, widths=widths, rotated=())
+    again = iterative._rescored(ready, execution.carry_out(ready, plan))
+    assert np.array_equal(again.scores.values[of_stream], ready.scores.values[of_stream])
+    others = keep & ~of_stream
+    assert not np.array_equal(again.scores.values[others], ready.scores.values[others])
 
 
 def test_stream_behind_batch_normalisation_has_the_components_of_the_folded_model(
@@ -248,7 +288,7 @@ def test_stream_that_cannot_be_rotated_is_noted(
         {"importance": "l2"},
         {"refit": "bias"},
         {"allocate": "uniform"},
-        {"iterations": 2},
+        {"granularity": "connection"},
         {"rotate": "none"},
     ],
 )

@@ -38,7 +38,7 @@ class AllocationOptions(Options):
         "auto",
         description="Choose principal components in place of channels where a group is between linear layers only, "
         "as the residual streams of inverted bottlenecks and the heads of attentions: with the default `importance`, "
-        "`allocate` and `refit`, in one round.",
+        "`allocate` and `refit`.",
     )
     empty: Literal["auto", "always", "none"] = Field(
         "auto",
