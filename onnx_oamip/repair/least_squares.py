@@ -8,7 +8,8 @@ same rows,
 
 where W0 are its weights after the cut: ridge regression of the residual, pulled towards the original weights. The ridge
 strength is chosen per node by the error on held-out rows; where no strength beats D = 0 there, the weights are kept and
-only the bias changes. Sums are in float64.
+only the bias changes. Sums are in float64. Where a clamp follows the node, the fit goes on towards the outputs behind
+the clamp (:mod:`~onnx_oamip.repair.clamped_targets`).
 
 Source: channel pruning with least-squares reconstruction, He, Zhang and Sun, ICCV 2017. The front-to-back order
 corrects the errors that earlier layers made.

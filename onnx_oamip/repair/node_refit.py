@@ -10,9 +10,17 @@ from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier
 from onnx_oamip.repair.channel_mixing import channel_mixing
+from onnx_oamip.repair.clamped_targets import Clamp, ClampedProblem, clamp_behind
 from onnx_oamip.repair.cut_model import Cut
 from onnx_oamip.repair.problems import Copied, CutLayer, use_of
-from onnx_oamip.repair.ridge import Solve, best_shift, choose_ridge, ridge_regression
+from onnx_oamip.repair.ridge import (
+    Regression,
+    RidgeFit,
+    Solve,
+    best_shift,
+    choose_ridge,
+    ridge_regression,
+)
 from onnx_oamip.repair.row_sampling import HELD_OUT, leading_rows
 from onnx_oamip.repair.shared_weights import Family, Rows, Spread, pooled_variance, stacked
 from onnx_oamip.repair.stored_weights import as_stored, weight_name, write_weight
@@ -46,11 +54,15 @@ def refit_family(
     parts: list[Rows] = []
     spreads: list[Spread] = []
     wide_inputs: Array | None = None
+    clamp: Clamp | None = None
     for place in family.uses:
         name = place.node.name
         source = None if name in family.late else frontier
+        target = targets[name]
+        if not family.is_shared:
+            clamp = clamp_behind(cut.model, place, target.join)
         use = use_of(
-            cut, editor, place, source, target=targets[name], remarks=remarks, copies=copies
+            cut, editor, place, source, target=target, remarks=remarks, copies=copies, clamp=clamp
         )
         if name in family.late:
             targets[name] = replace(targets[name], inputs=())
@@ -82,6 +94,12 @@ def refit_family(
     if remark:
         remarks.append(remark)
     found = choose_ridge(rows.x, rows.residual, split, solve)
+    behind = _behind_clamp(rows, split, solve, found)
+    if behind is None or clamp is None:
+        rows = replace(rows, bounds=None)
+    else:
+        found = behind
+        form = f"{form} behind {clamp.op}"
     stored = as_stored(editor, first, rows, split, found=found)
     if stored is None:
         kind = editor.stored_type(weight_name(editor, first.here))
@@ -134,6 +152,13 @@ def _solver(
     mixing = channel_mixing(cut, place, wide_inputs, sampled.x, weight)
     too_many = f"{unknowns} unknowns are too many for a Gram matrix"
     return "channel mixing", mixing, f"{too_many}, so removed channels are mixed into kept ones"
+
+
+def _behind_clamp(rows: Rows, split: int, solve: Solve | None, plain: RidgeFit) -> RidgeFit | None:
+    """Continues a fit to the outputs behind the clamp of a node; None if there is none, or if that gains nothing."""
+    if rows.bounds is None or not (solve is None or isinstance(solve, Regression)):
+        return None
+    return ClampedProblem(rows.x, rows.residual, rows.bounds, split).refined(solve, plain)
 
 
 def _has_common_bias(editor: Editor, layers: Sequence[CutLayer]) -> bool:

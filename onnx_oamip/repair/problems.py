@@ -12,6 +12,7 @@ from onnx_oamip.graph.im2col import data_rows, output_rows
 from onnx_oamip.graph.linear_layers import Editor, matrix, matrix_shape
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier
+from onnx_oamip.repair.clamped_targets import Clamp
 from onnx_oamip.repair.cut_model import Cut, in_cut_model, output_mask
 from onnx_oamip.repair.shared_weights import Rows, Spread
 from onnx_oamip.repair.targets import Target, of_kept_rows
@@ -37,12 +38,15 @@ class _Problem:
     Attributes:
         x: Inputs in the cut model (groups, rows, inputs * taps).
         y: Wanted outputs (groups, rows, outputs).
+        original: Original values in front of the clamp behind the node, if any, in units of its output (groups, rows,
+            outputs); ``y`` where there is no residual sum.
         wide_inputs: Inputs in the original model (rows, groups, inputs * taps), only of a node whose channels are
             mixed; None for others.
     """
 
     x: Floats
     y: Floats
+    original: Floats
     wide_inputs: Array | None
 
     @property
@@ -54,7 +58,9 @@ class _Problem:
     def take(self, rows: Bools) -> _Problem:
         """The problem on some of the rows."""
         wide_inputs = None if self.wide_inputs is None else self.wide_inputs[rows]
-        return _Problem(self.x[:, rows], self.y[:, rows], wide_inputs)
+        y = self.y[:, rows]
+        original = y if self.original is self.y else self.original[:, rows]
+        return _Problem(self.x[:, rows], y, original, wide_inputs)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def use_of(
     target: Target,
     remarks: list[str],
     copies: Copied | None = None,
+    clamp: Clamp | None = None,
 ) -> Use | None:
     """Sample a linear node of the cut model, with what its outputs lack.
 
@@ -107,6 +114,7 @@ def use_of(
         target: Outputs of the node in the original model.
         remarks: Remarks for the user, extended by those about this node.
         copies: Augmented copies of the samples, if any.
+        clamp: Clamp behind the node, if any.
 
     Returns:
         The use; None if its bias cannot be changed or no row is finite.
@@ -119,7 +127,14 @@ def use_of(
         return None
     groups, outs, _, _ = weight.shape
     problem = _problem(
-        cut, editor, place, layer.here, frontier=frontier, target=target, copies=copies
+        cut,
+        editor,
+        place,
+        layer.here,
+        frontier=frontier,
+        target=target,
+        copies=copies,
+        has_clamp=clamp is not None,
     )
     finite = problem.finite_rows
     if not finite.all():
@@ -135,7 +150,11 @@ def use_of(
     spread = Spread(
         problem.y.shape[1], problem.y.mean(axis=1).reshape(-1), problem.y.var(axis=1).reshape(-1)
     )
-    return Use(layer, Rows(problem.x, residual), spread, problem.wide_inputs)
+    bounds = None
+    if clamp is not None:
+        kept = output_mask(cut.model, cut.coupling, place, cut.units)
+        bounds = clamp.bounds(problem.original, kept)
+    return Use(layer, Rows(problem.x, residual, bounds), spread, problem.wide_inputs)
 
 
 def _layer(editor: Editor, place: Site) -> CutLayer:
@@ -159,6 +178,7 @@ def _problem(
     frontier: Frontier | None,
     target: Target,
     copies: Copied | None,
+    has_clamp: bool,
 ) -> _Problem:
     """Inputs and wanted outputs of a node at the sampled rows.
 
@@ -170,12 +190,14 @@ def _problem(
         frontier: Activations of the cut model; None to take the inputs in the original model.
         target: Outputs in the original model.
         copies: Augmented copies of the samples, if any.
+        has_clamp: Whether original values in front of a clamp are asked for.
     """
     kept = output_mask(cut.model, cut.coupling, place, cut.units)
     target = of_kept_rows(cut, place, target)
     if frontier is None:
         x = _original_inputs(cut, place, here, target)
         y = np.concatenate(target.values).astype(np.float64)[:, kept]
+        original = None
     else:
         node = editor.nodes.get(place.node.name)
         data = None if node is None else node.input[place.slot]
@@ -184,12 +206,19 @@ def _problem(
         parts = [(frontier, target)]
         if copies is not None and others is not None:
             parts.append((copies.frontier, of_kept_rows(cut, place, others)))
-        x, y = _sampled_problem(here, data, parts, kept=kept, other=other)
+        x, y, original = _sampled_problem(
+            here, data, parts, kept=kept, other=other, has_clamp=has_clamp
+        )
     groups = len(x)
-    y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)
+
+    def by_group(values: Floats) -> Floats:
+        return values.reshape(-1, groups, values.shape[1] // groups).transpose(1, 0, 2)
+
+    y = by_group(y)
+    original = y if original is None else by_group(original)
     is_mixed = bool(target.inputs) and not target.is_late
     wide_inputs = np.concatenate(target.inputs) if is_mixed else None
-    return _Problem(x, y, wide_inputs)
+    return _Problem(x, y, original, wide_inputs)
 
 
 def _sampled_problem(
@@ -199,7 +228,8 @@ def _sampled_problem(
     *,
     kept: Bools,
     other: Array | None,
-) -> tuple[Floats, Floats]:
+    has_clamp: bool,
+) -> tuple[Floats, Floats, Floats | None]:
     """Inputs of a node in the cut model and wanted outputs at the sampled rows, of the feeds that the frontiers hold.
 
     Args:
@@ -210,9 +240,11 @@ def _sampled_problem(
             are then no copies of rows of the fit.
         kept: Mask of the outputs that the node keeps (outputs,).
         other: Other branch of the residual sum, where it is a constant in the cut model.
+        has_clamp: Whether original values of residual sums are asked for.
 
     Returns:
-        Inputs (groups, rows, inputs * taps) and wanted outputs (rows, kept outputs).
+        Inputs (groups, rows, inputs * taps), wanted outputs (rows, kept outputs), and the original sums in units of
+        the output; None where there is no sum or they are not asked for.
     """
     feeds = len(parts[0][1].rows)
     places = sorted(
@@ -222,11 +254,16 @@ def _sampled_problem(
     )
     counts = [len(parts[part][1].rows[feed]) for _, part, feed in places]
     slots = {(part, feed): slot for slot, (_, part, feed) in enumerate(places)}
-    inputs, outputs = _Filled(counts), _Filled(counts)
+    inputs, outputs, sums = _Filled(counts), _Filled(counts), _Filled(counts)
     for part, (frontier, target) in enumerate(parts):
         put = _put(slots, part, inputs, outputs)
         _sample(here, data, frontier, target, kept=kept, other=other, put=put)
-    return inputs.values.transpose(1, 0, 2), outputs.values
+        if has_clamp and target.join is not None:
+            for feed in range(frontier.batches):
+                joined = target.join.correction(target.joined[feed][:, kept], kept)
+                sums.put(slots[part, feed], joined + target.values[feed][:, kept])
+    has_sums = has_clamp and parts[0][1].join is not None
+    return inputs.values.transpose(1, 0, 2), outputs.values, sums.values if has_sums else None
 
 
 def _put(

@@ -9,7 +9,8 @@ Sums are in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +26,15 @@ ROUNDING = 16 * float(np.finfo(np.float64).eps)
 """Deviation from its mean, relative to it, up to which an input counts as constant."""
 BLOCK = 4096
 """Rows that are centred and multiplied at a time, which bounds the memory of the products."""
+CACHED_VALUES = 1 << 17
+"""Inputs that are centred at a time where they are multiplied twice, few enough to stay in the cache meanwhile."""
 
 Solve = Callable[[int, float], Floats]
 """(number of leading rows to use, relative ridge) -> change of the weights (groups, inputs * taps, outputs)."""
+Wanted = Callable[[slice, Floats], Floats]
+"""(rows, what a fit adds to their outputs) -> what the outputs are to be added instead, in an array that may change."""
+Step = Callable[[Floats | None, Floats, Wanted], tuple[Floats, Floats]]
+"""Changes of weights (groups, inputs * taps, outputs) and bias (groups, outputs) of a fit -> those of the next one."""
 
 
 class RidgeFit(NamedTuple):
@@ -154,7 +161,35 @@ def _downhill(ridges: Sequence[float], error_of: Callable[[float], float]) -> tu
     return ridges[position], error_at(position)
 
 
-def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
+class Regression(ABC):
+    """Ridge regression on centred inputs, per group; it solves for any residual with the same Gram matrix."""
+
+    @abstractmethod
+    def __call__(self, count: int, ridge: float) -> Floats:
+        """Solves for the residual that the regression was prepared with.
+
+        Args:
+            count: Number of leading rows to use.
+            ridge: Strength relative to the mean diagonal of the Gram matrix.
+
+        Returns:
+            Change of the weights (groups, unknowns, outputs).
+        """
+
+    @abstractmethod
+    def factored(self, count: int, ridge: float) -> Step:
+        """Factors the system, to fit to residuals that depend on the fit before.
+
+        Args:
+            count: Number of leading rows to use.
+            ridge: Strength relative to the mean diagonal of the Gram matrix.
+
+        Returns:
+            Function of a fit, whose result is the next one.
+        """
+
+
+def ridge_regression(x: Floats, residual: Floats, split: int) -> Regression:
     """Prepares the ridge regression of a residual on centred inputs, per group.
 
     The Gram matrix of all rows is that of the leading rows plus that of the rest, so that every row is multiplied once.
@@ -170,17 +205,76 @@ def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
         The solver.
     """
     if x.shape[1] < x.shape[2]:
-        return _dual(x, residual)
-    normal = normal_equations(x, residual, split)
-    divisors = similar_scale(np.einsum("gii->gi", normal[split][0]))
-    if divisors is None:
-        return lambda count, ridge: solve_ridge(*normal[count], ridge)
-    column = divisors[:, :, None]
-    scaled = {
-        count: (gram / column / divisors[:, None], cross / column)
-        for count, (gram, cross) in normal.items()
-    }
-    return lambda count, ridge: solve_ridge(*scaled[count], ridge) / column
+        return _Dual(x, residual)
+    return _Primal(x, residual, split)
+
+
+def blocks(count: int, first: int = 0, size: int | None = None) -> Iterator[slice]:
+    """Divide rows into blocks.
+
+    Args:
+        count: Number behind the last row.
+        first: Number of the first row.
+        size: Most rows in a block; None for ``BLOCK``.
+
+    Yields:
+        Slices.
+    """
+    size = size or BLOCK
+    for start in range(first, count, size):
+        yield slice(start, min(start + size, count))
+
+
+class _Primal(Regression):
+    """Ridge regression by the normal equations."""
+
+    def __init__(self, x: Floats, residual: Floats, split: int) -> None:
+        self._x = x
+        self._normal = normal_equations(x, residual, split)
+        self._scale: Floats | None = None
+        divisors = similar_scale(np.einsum("gii->gi", self._normal[split][0]))
+        if divisors is not None:
+            self._scale = column = divisors[:, :, None]
+            self._normal = {
+                count: (gram / column / divisors[:, None], cross / column)
+                for count, (gram, cross) in self._normal.items()
+            }
+
+    def __call__(self, count: int, ridge: float) -> Floats:
+        change = solve_ridge(*self._normal[count], ridge)
+        return change if self._scale is None else change / self._scale
+
+    def factored(self, count: int, ridge: float) -> Step:
+        x = self._x
+        gram, cross = self._normal[count]
+        solve = factored_ridge(gram, ridge)
+        mean = x[:, :count].mean(axis=1, keepdims=True)
+        is_constant = np.einsum("gii->gi", gram) == 0
+        scale = self._scale
+        size = int(np.clip(CACHED_VALUES // max(len(x) * x.shape[2], 1), 128, BLOCK))
+
+        def step(change: Floats | None, shift: Floats, wanted: Wanted) -> tuple[Floats, Floats]:
+            # Single precision is enough for centred inputs, and halves the time; the sums over blocks are in float64.
+            weights = np.zeros_like(cross) if change is None else change
+            single = weights.astype(np.float32)
+            offset = shift[:, None] + mean @ weights
+            right = np.zeros_like(cross)
+            total = np.zeros_like(shift)
+            near_mean = offset
+            for rows in blocks(count, size=size):
+                part = np.empty(x[:, rows].shape, np.float32)
+                np.subtract(x[:, rows], mean, out=part, casting="same_kind")
+                target = wanted(rows, part @ single + offset)
+                total += target.sum(axis=1)
+                if not rows.start:
+                    near_mean = target.mean(axis=1, keepdims=True)
+                target -= near_mean
+                right += part.transpose(0, 2, 1) @ target.astype(np.float32)
+            right[is_constant] = 0
+            found = solve(right) if scale is None else solve(right / scale) / scale
+            return found, best_shift(mean[:, 0], total / count, found)
+
+        return step
 
 
 def normal_equations(
@@ -205,8 +299,7 @@ def normal_equations(
     right = np.zeros((len(x), unknowns, residual.shape[2]))
     normal: dict[int, tuple[Floats, Floats]] = {}
     for first, last in ((0, split), (split, rows)):
-        for start in range(first, last, BLOCK):
-            block = slice(start, min(start + BLOCK, last))
+        for block in blocks(last, first):
             part = x[:, block] - near_mean
             transposed = part.transpose(0, 2, 1)
             gram += transposed @ part
@@ -234,30 +327,56 @@ def _clear_constants(gram: Floats, right: Floats, least: Floats) -> None:
     right[is_constant] = 0
 
 
-def _dual(x: Floats, residual: Floats) -> Solve:
-    # Subtracting a mean loses no digits in the products; that of the leading rows is subtracted from the products.
-    mean = x.mean(axis=1, keepdims=True)
-    centred = x - mean
-    squares = np.einsum("grd,grd->gd", centred, centred)
-    is_constant = squares <= x.shape[1] * np.square(ROUNDING * mean[:, 0])
-    centred.transpose(0, 2, 1)[is_constant] = 0
-    divisors = similar_scale(np.where(is_constant, 0.0, squares))
-    if divisors is not None:
-        centred /= divisors[:, None]
-    products = centred @ centred.transpose(0, 2, 1)
+class _Dual(Regression):
+    """Ridge regression by the products of the rows."""
 
-    def solve(count: int, ridge: float) -> Floats:
-        gram = _centred(_centred(products[:, :count, :count]).transpose(0, 2, 1))
-        target = _centred(residual[:, :count])
-        # The strength is relative to the mean diagonal of X'X, in either form.
-        multipliers = solve_ridge(gram, target, ridge * count / x.shape[2])
-        # Multipliers add up to zero, as targets do, so that the mean of the leading inputs does not count.
-        change: Floats = centred[:, :count].transpose(0, 2, 1) @ _centred(multipliers)
+    def __init__(self, x: Floats, residual: Floats) -> None:
+        # Subtracting a mean loses no digits in the products; that of the leading rows is subtracted from the products.
+        mean = x.mean(axis=1, keepdims=True)
+        centred = x - mean
+        squares = np.einsum("grd,grd->gd", centred, centred)
+        is_constant = squares <= x.shape[1] * np.square(ROUNDING * mean[:, 0])
+        centred.transpose(0, 2, 1)[is_constant] = 0
+        divisors = similar_scale(np.where(is_constant, 0.0, squares))
         if divisors is not None:
-            change /= divisors[:, :, None]
-        return change
+            centred /= divisors[:, None]
+        self._x = x
+        self._residual = residual
+        self._centred = centred
+        self._divisors = divisors
+        self._products = centred @ centred.transpose(0, 2, 1)
 
-    return solve
+    def __call__(self, count: int, ridge: float) -> Floats:
+        return self._solver(count, ridge)(self._residual[:, :count])
+
+    def factored(self, count: int, ridge: float) -> Step:
+        solve = self._solver(count, ridge)
+        x = self._x[:, :count]
+        mean = x.mean(axis=1)
+
+        def step(change: Floats | None, shift: Floats, wanted: Wanted) -> tuple[Floats, Floats]:
+            fitted = np.broadcast_to(shift[:, None], self._residual[:, :count].shape)
+            target = wanted(slice(0, count), fitted if change is None else x @ change + fitted)
+            found = solve(target)
+            return found, best_shift(mean, target.mean(axis=1), found)
+
+        return step
+
+    def _solver(self, count: int, ridge: float) -> Callable[[Floats], Floats]:
+        """Function of the residual of the leading rows: change of the weights."""
+        gram = _centred(_centred(self._products[:, :count, :count]).transpose(0, 2, 1))
+        # The strength is relative to the mean diagonal of X'X, in either form.
+        solve_gram = factored_ridge(gram, ridge * count / self._centred.shape[2])
+        turned = self._centred[:, :count].transpose(0, 2, 1)
+
+        def solve(residual: Floats) -> Floats:
+            # Multipliers add up to zero, as targets do, so that the mean of the leading inputs does not count.
+            change: Floats = turned @ _centred(solve_gram(_centred(residual)))
+            if self._divisors is not None:
+                change /= self._divisors[:, :, None]
+            return change
+
+        return solve
 
 
 def _centred(values: Floats) -> Floats:
@@ -277,6 +396,19 @@ def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
     Returns:
         X (groups, d, outputs). An input that is always zero gets a zero row.
     """
+    return factored_ridge(gram, ridge)(cross)
+
+
+def factored_ridge(gram: Floats, ridge: float) -> Callable[[Floats], Floats]:
+    """Prepares the systems of :func:`solve_ridge`, to solve them for several right sides.
+
+    Args:
+        gram: G (groups, d, d).
+        ridge: Strength relative to the mean diagonal of G.
+
+    Returns:
+        Function of C (groups, d, outputs), whose result is X.
+    """
     size = gram.shape[-1]
     diagonal = np.einsum("gii->gi", gram)
     # The last two terms keep a group of dead inputs, and a stack of them, regular.
@@ -286,5 +418,6 @@ def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
     loaded = gram.copy()
     loaded[:, range(size), range(size)] += strength
     if len(gram) == 1:
-        return Cholesky.of(loaded[0], overwrite=True).solve(cross[0])[None]
-    return np.asarray(np.linalg.solve(loaded, cross))
+        factor = Cholesky.of(loaded[0], overwrite=True)
+        return lambda cross: factor.solve(cross[0])[None]
+    return lambda cross: np.asarray(np.linalg.solve(loaded, cross))

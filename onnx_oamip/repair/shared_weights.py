@@ -17,6 +17,7 @@ import numpy as np
 from onnx_oamip.core.records import Floats
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Slicer
+from onnx_oamip.repair.clamped_targets import Bounds
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,12 @@ class Rows:
     Attributes:
         x: Inputs (groups, rows, inputs * taps), in units of the first use.
         residual: What the outputs still lack (groups, rows, outputs).
+        bounds: Bounds of the clamp behind the outputs of a weight that is not shared; None if there is none.
     """
 
     x: Floats
     residual: Floats
+    bounds: Bounds | None = None
 
     @property
     def count(self) -> int:
@@ -153,7 +156,7 @@ class Rows:
         Returns:
             The rows.
         """
-        return self if factor == 1 else Rows(self.x * factor, self.residual)
+        return self if factor == 1 else replace(self, x=self.x * factor)
 
 
 def stacked(parts: list[Rows], held_out: float, *, centred: bool) -> tuple[Rows, int]:

@@ -7,6 +7,7 @@ import numpy as np
 from onnx_oamip.core.records import Array, Floats
 from onnx_oamip.graph.linear_layers import Editor, matrix, unmatrix
 from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.repair.clamped_targets import ClampedProblem
 from onnx_oamip.repair.problems import CutLayer
 from onnx_oamip.repair.ridge import RidgeFit, best_shift, remaining_error
 from onnx_oamip.repair.shared_weights import Rows
@@ -72,7 +73,7 @@ def as_stored(
     Args:
         editor: The cut model.
         use: The node, the first of those that share the weight.
-        rows: Rows of all of them.
+        rows: Rows of all of them, with bounds if the fit is one to the outputs behind a clamp.
         split: Number of rows in front of those held out.
         found: The fit.
 
@@ -90,7 +91,12 @@ def as_stored(
     rounded = use.here.factor * matrix(use.here, value) - use.weight
     groups, outs, _, _ = rounded.shape
     change = rounded.reshape(groups, outs, -1).transpose(0, 2, 1)
-    shift = best_shift(*rows.means, change)
-    leading = best_shift(*rows.leading(split).means, change)
-    after = remaining_error(rows.x[:, split:], rows.residual[:, split:], change, leading)
+    if rows.bounds is not None:
+        problem = ClampedProblem(rows.x, rows.residual, rows.bounds, split)
+        shift = best_shift(rows.x.mean(axis=1), found.shift, change - found.change)
+        after = problem.error(change, shift)
+    else:
+        shift = best_shift(*rows.means, change)
+        leading = best_shift(*rows.leading(split).means, change)
+        after = remaining_error(rows.x[:, split:], rows.residual[:, split:], change, leading)
     return RidgeFit(change, shift, found.ridge, (found.errors[0], after))

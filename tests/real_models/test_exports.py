@@ -180,7 +180,7 @@ def test_half_of_the_parameters_are_cut_exactly(halved: Halved) -> None:
     assert proof["samples"] == len(_held_out(halved.before)[1])
     # Every layer with weights between input and output gave some away, or could have.
     assert len(halved.document["groups"]) == (2 if halved.name.startswith("sklearn") else 3)
-    assert all(fit["form"] == "least squares" for fit in halved.document["fits"])
+    assert all(fit["form"].startswith("least squares") for fit in halved.document["fits"])
 
 
 def test_pruned_export_runs_at_any_batch_size(halved: Halved) -> None:

@@ -25,7 +25,7 @@ def test_channel_mixing_reduces_the_error(net: str, group: str, tmp_path: Path) 
     found, other = random_calibration(model, 300), random_calibration(model, 100, 7)
     full = refit(model, coupling, keep, found)
     mixed = refit(model, coupling, keep, found, cap=20)
-    assert full.fits[0].form == "least squares"
+    assert full.fits[0].form.startswith("least squares")
     assert mixed.fits[0].form == "channel mixing"
     assert mixed.fits[0].error_after < 0.9 * mixed.fits[0].error_before
     none, least, middle = (
@@ -64,7 +64,7 @@ def test_wide_grouped_convolution_is_solved_for_all_unknowns(tmp_path: Path) -> 
     pruned = refit(model, coupling, keep, random_calibration(model, 100), cap=20)
     forms = {f.node: f.form for f in pruned.fits}
     grouped = next(n.name for n in model.nodes if n.attrs.get("group") == 2)
-    assert forms[grouped] == "least squares"
+    assert forms[grouped].startswith("least squares")
 
 
 def test_wide_node_behind_the_cut_is_refitted_by_mixing(tmp_path: Path) -> None:

@@ -45,12 +45,19 @@ from refits import (
 from onnx_oamip.core.records import Array, Coupling, Floats, Model, Pruned
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import chains, partial_execution, weight_sharing
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph import partial_execution, weight_sharing
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.repair import least_squares, refit_scope, ridge, row_sampling, targets
+from onnx_oamip.repair import (
+    least_squares,
+    node_refit,
+    refit_scope,
+    ridge,
+    row_sampling,
+    targets,
+)
 from onnx_oamip.repair.residual_joins import join
 from onnx_oamip.repair.shared_weights import Family
 
@@ -254,7 +261,7 @@ def test_copied_unit_replaces_the_removed_one(name: str, tmp_path: Path) -> None
     other = random_calibration(model, 100, 7)
     assert relative_error(model, pruned.raw, other) > 0.1
     assert relative_error(model, pruned.proto, other) < 1e-3
-    assert [f.form for f in pruned.fits] == ["least squares"] * len(pruned.fits)
+    assert all(f.form.startswith("least squares") for f in pruned.fits)
 
 
 PADDED = ("conv", "conv uneven", "conv same", "transposed")
@@ -384,8 +391,11 @@ def _by_hand(
 
 
 @pytest.mark.parametrize("rows", [24, 60, 500])
-def test_refit_of_products_equals_numpy(rows: int, tmp_path: Path) -> None:
+def test_refit_of_products_equals_numpy(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Front to back: the second product is fitted on what the first, already fitted, gives."""
+    monkeypatch.setattr(node_refit, "clamp_behind", lambda *_: None)
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
     rng = np.random.default_rng(3)
@@ -544,7 +554,10 @@ def _unfitted(pruned: Pruned, node: str) -> ModelProto:
 def test_no_node_of_a_trained_model_gets_worse(
     name: str, source: str, count: int, share: float, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On images that the refit has not seen, every node's output (or the sum behind it) is nearer to the original."""
+    """On images that the refit has not seen, every node's output is nearer to the original.
+
+    The output is judged where the refit aims at it: at the residual sum, and behind the clamp.
+    """
     monkeypatch.setattr(row_sampling, "MAX_ROWS", 4096)
     model, coupling, found, held = _shipped(name, source, count)
     rng = np.random.default_rng(0)
@@ -566,6 +579,11 @@ def test_no_node_of_a_trained_model_gets_worse(
             spot = next(
                 n.outputs[0] for n in model.nodes if joint.other in n.inputs and n.op == "Add"
             )
+        if " behind " in fit.form:
+            while (consumer := chains.of_model(model).sole_consumer(spot)) is not None:
+                spot = consumer.outputs[0]
+                if consumer.op in ("Relu", "Clip"):
+                    break
         truth = _outputs(model.proto, [spot], held)[spot]
         kept = (
             coupling.keep((spot, 1), keep)
@@ -710,8 +728,13 @@ def test_computed_biases_are_noted(tmp_path: Path) -> None:
     assert ["its bias is not one constant per output" in n for n in pruned.notes] == [True]
 
 
-def test_depthwise_convolutions_behind_a_cut_are_refitted(tmp_path: Path) -> None:
+def test_depthwise_convolutions_behind_a_cut_are_refitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They consume nothing, but their input has errors that they can lessen."""
+    monkeypatch.setattr(
+        node_refit, "clamp_behind", lambda *_: None
+    )  # clamped, less is left to them
     text = """(float[N,3,8,8] x) => (float[N,4,8,8] y)
     <float[10,3,3,3] w1, float[8,10,1,1] w2, float[8,1,3,3] w3, float[4,8,1,1] w4> {
         a = Conv<pads = [1, 1, 1, 1]>(x, w1)

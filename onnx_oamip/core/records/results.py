@@ -97,7 +97,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fit:
-    """The refit of one node. Errors are mean squared, relative to the variance of the original output."""
+    """The refit of one node.
+
+    Errors are mean squared, relative to the variance of the original output. Where ``form`` ends with "behind" and a
+    clamp, they are those of the outputs behind it.
+    """
 
     node: str
     form: str

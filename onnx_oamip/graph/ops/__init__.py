@@ -33,6 +33,7 @@ from onnx_oamip.graph.ops import (
     reshape,
     tabular,
 )
+from onnx_oamip.graph.ops.elementwise import clamp_bounds
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Refused, Terms
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.ops.norm import batch_affine, batch_scale, shift_alone
@@ -197,6 +198,7 @@ __all__ = [
     "batch_affine",
     "batch_scale",
     "build",
+    "clamp_bounds",
     "consumers_by_tensor",
     "follows_bodies",
     "has",

@@ -5,6 +5,8 @@ Reference: ONNX operator specification, "Multidirectional Broadcasting".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from onnx_oamip.core.records import (
@@ -197,6 +199,50 @@ def _clip_encode(node: Node, terms: Terms) -> None:
         terms.affine(f"{out}/high", [(f"{out}/under", minus)], high)
         x = f"{out}/high"
     terms.affine(out, [(x, same)])
+
+
+def clamp_bounds(node: Node, constants: Mapping[str, Array]) -> tuple[float, float] | None:
+    """Read the bounds between which an operator passes its data on unchanged, and beyond which its output is constant.
+
+    Args:
+        node: Any node.
+        constants: Values of constants by name.
+
+    Returns:
+        (lower, upper), infinite where there is none; None for a node that is no clamp, and for bounds that are computed
+        or differ between elements.
+    """
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op == "Relu":
+        return 0.0, np.inf
+    if node.op == "Clip":
+        given = [_side(node, constants, name, i) for i, name in enumerate(("min", "max"), 1)]
+    elif node.op in ("Max", "Min") and len(node.inputs) == 2:
+        held = [name for name in node.inputs if name in constants]
+        value = _number(constants[held[0]]) if len(held) == 1 else None
+        given = [value, np.inf] if node.op == "Max" else [-np.inf, value]
+    else:
+        return None
+    lower, upper = given
+    if lower is None or upper is None or not lower < upper:
+        return None
+    return lower, upper
+
+
+def _side(node: Node, constants: Mapping[str, Array], name: str, slot: int) -> float | None:
+    """One bound of a Clip, infinite where it is absent; None where it is computed."""
+    tensor = operand(node, slot)
+    if tensor is not None:
+        return _number(constants[tensor]) if tensor in constants else None
+    if name in node.attrs:
+        return float(node.attrs[name])
+    return -np.inf if name == "min" else np.inf
+
+
+def _number(value: Array) -> float | None:
+    """The value of a constant with one element."""
+    return float(value.reshape(())) if value.size == 1 else None
 
 
 def _old_broadcast(node: Node, terms: Terms) -> None:
