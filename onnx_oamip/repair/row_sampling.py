@@ -12,9 +12,11 @@ from onnx_oamip.graph.linear_layers import matrix_shape
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.objective.position_weights import PositionWeights
 
-ROWS_PER_UNKNOWN = 16
-MIN_ROWS = 4096
-MAX_ROWS = 24576
+ROWS_PER_UNKNOWN = 64
+MIN_ROWS = 16_384
+MAX_ROWS = 98_304
+MOST_VALUES = 1 << 27
+"""Most values (rows x unknowns) of one output that are sampled to reach ``ROWS_PER_UNKNOWN``."""
 GRAM_CAP = 4608
 """Unknowns per output above which their Gram matrix gets too large: fewer rows are sampled."""
 HELD_OUT = 0.2
@@ -22,6 +24,10 @@ HELD_OUT = 0.2
 WIDE_VALUES = 1 << 25
 """Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix. Of a node with many groups, as a
 depthwise convolution, no more are sampled beyond ``ROWS_PER_UNKNOWN``."""
+HELD_BYTES = 4
+"""Outputs of the original at the sampled rows are float32 until a node is refitted."""
+HELD_SHARE = 2
+"""Multiple of the memory limit that the outputs of all nodes may take together."""
 FEWEST_ROWS = 32
 """Rows that are sampled however little memory there is."""
 VALUE_BYTES = 8
@@ -79,7 +85,7 @@ def wanted_rows(unknowns: int, groups: int = 1) -> int:
     Returns:
         Number of rows, whatever memory they need.
     """
-    enough = ROWS_PER_UNKNOWN * unknowns
+    enough = min(ROWS_PER_UNKNOWN * unknowns, MOST_VALUES // unknowns)
     least = MIN_ROWS
     if groups > 1:
         least = min(least, max(enough, WIDE_VALUES // (groups * unknowns)))
@@ -125,3 +131,24 @@ def row_limit(
     # Rows this wide are many values each: bound the values instead.
     most_values = min(WIDE_VALUES, most_values // WIDE_COPIES)
     return max(FEWEST_ROWS, min(MIN_ROWS, most_values // (groups * max(unknowns, outs))))
+
+
+def shared_rows(limits: Ints, rows: Ints, values: Ints, *, memory_limit: int) -> Ints:
+    """Lower the rows of all nodes alike where their outputs together need too much memory.
+
+    Args:
+        limits: Rows to sample of every node (nodes,), as :func:`row_limit` counts them.
+        rows: Rows that there are of every node (nodes,).
+        values: Values that are held of a row (nodes,).
+        memory_limit: Upper bound in bytes on one array; all outputs may take ``HELD_SHARE`` times that.
+
+    Returns:
+        Rows to sample of every node (nodes,).
+    """
+    sampled = np.minimum(limits, rows)
+    needed = HELD_BYTES * int(sampled @ values)
+    most = HELD_SHARE * memory_limit
+    if needed <= most:
+        return limits
+    lowered = np.ceil(sampled * (most / needed)).astype(np.int64)
+    return np.minimum(limits, np.maximum(lowered, FEWEST_ROWS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from onnx_oamip.graph.partial_execution import Slicer, stream
 from onnx_oamip.objective.position_weights import PositionWeights
 from onnx_oamip.repair.cut_model import Cut
 from onnx_oamip.repair.residual_joins import Join, join
-from onnx_oamip.repair.row_sampling import RowChoice, row_choice, row_limit
+from onnx_oamip.repair.row_sampling import MAX_ROWS, RowChoice, row_choice, row_limit, shared_rows
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def collect_targets(
         model,
         places,
         batches=len(feeds),
+        samples=sum(max((len(v) for v in feed.values() if v.ndim), default=1) for feed in feeds),
         rng=rng,
         cap=cap,
         needs_inputs={*mixed, *late},
@@ -234,6 +236,7 @@ def _samplers(
     places: Sequence[Site],
     *,
     batches: int,
+    samples: int,
     rng: np.random.Generator,
     cap: int,
     needs_inputs: Collection[str],
@@ -245,7 +248,11 @@ def _samplers(
     slicer = Slicer(model.proto)
     waiting = {place.node.name for place in places}
     result = []
-    for place, own_rng in zip(places, rng.spawn(len(places)), strict=True):
+    shapes = [matrix_shape(place, model.constants[place.weight]) for place in places]
+    limits = np.asarray([row_limit(shape, cap, memory_limit) for shape in shapes])
+    limits = shared_rows(limits, *_held(model, places, samples), memory_limit=memory_limit)
+    generators = rng.spawn(len(places))
+    for place, limit, own_rng in zip(places, limits.tolist(), generators, strict=True):
         name = place.node.name
         count = uses.get(name, 1)
         joint = None if count > 1 else join(model, place)
@@ -254,8 +261,7 @@ def _samplers(
             if any(slicer.nodes[i].name in waiting for i in before_sum):
                 joint = None  # the other branch is refitted later, and will compensate the error of this one
         waiting.discard(name)
-        shape = matrix_shape(place, model.constants[place.weight])
-        rows_per_feed = -(-row_limit(shape, cap, memory_limit) // (batches * count))
+        rows_per_feed = -(-limit // (batches * count))
         sampler = _Sampler(
             place,
             choose=row_choice(rows_per_feed, own_rng, weights),
@@ -264,6 +270,21 @@ def _samplers(
         )
         result.append(sampler)
     return result
+
+
+def _held(model: Model, places: Sequence[Site], samples: int) -> tuple[Ints, Ints]:
+    """Rows that all samples have at a node (nodes,), and values that are held of a row (nodes,).
+
+    A row has the outputs of the node, and as many of the other branch where it reaches a residual sum.
+    """
+    rows, values = [], []
+    for place in places:
+        shape = model.shapes.get(place.node.outputs[0])
+        of_batch = MAX_ROWS if shape is None else math.prod(row_axes(place, shape))
+        rows.append(of_batch * samples // max(model.batch, 1))
+        groups, outs, _, _ = matrix_shape(place, model.constants[place.weight])
+        values.append(2 * groups * outs)
+    return np.asarray(rows, np.int64), np.asarray(values, np.int64)
 
 
 def _sampled(place: Site, output: Array, rows: Ints) -> Array:

@@ -40,8 +40,8 @@ MOST_FLOPS = 2e11
 """Floating-point operations of an elimination of all columns of such a factor, about 64 * columns * rows^2."""
 FLOPS_PER_VALUE = 64
 LEAST_FACTOR_ROWS = 32
-ROWS_PER_UNKNOWN = 2
-LEAST_ROWS, MOST_ROWS = 4096, 8192
+ROWS_PER_UNKNOWN = 8
+LEAST_ROWS, MOST_ROWS = 16_384, 32_768
 
 
 def collect(
