@@ -15,8 +15,9 @@ from onnx_oamip.objective.position_weights import PositionWeights
 ROWS_PER_UNKNOWN = 64
 MIN_ROWS = 16_384
 MAX_ROWS = 98_304
-MOST_VALUES = 1 << 27
-"""Most values (rows x unknowns) of one output that are sampled to reach ``ROWS_PER_UNKNOWN``."""
+GRAM_WORK = 2.5e10
+"""Multiply-accumulates of a Gram matrix, beyond which no more than the following rows are sampled."""
+FEWER_ROWS_PER_UNKNOWN, FEWER_ROWS = 16, 24_576
 GRAM_CAP = 4608
 """Unknowns per output above which their Gram matrix gets too large: fewer rows are sampled."""
 HELD_OUT = 0.2
@@ -85,7 +86,9 @@ def wanted_rows(unknowns: int, groups: int = 1) -> int:
     Returns:
         Number of rows, whatever memory they need.
     """
-    enough = min(ROWS_PER_UNKNOWN * unknowns, MOST_VALUES // unknowns)
+    cheap = int(GRAM_WORK / unknowns**2)
+    fewer = min(FEWER_ROWS_PER_UNKNOWN * unknowns, FEWER_ROWS)
+    enough = min(ROWS_PER_UNKNOWN * unknowns, max(cheap, fewer))
     least = MIN_ROWS
     if groups > 1:
         least = min(least, max(enough, WIDE_VALUES // (groups * unknowns)))

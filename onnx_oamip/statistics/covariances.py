@@ -40,8 +40,11 @@ MOST_FLOPS = 2e11
 """Floating-point operations of an elimination of all columns of such a factor, about 64 * columns * rows^2."""
 FLOPS_PER_VALUE = 64
 LEAST_FACTOR_ROWS = 32
-ROWS_PER_UNKNOWN = 8
-LEAST_ROWS, MOST_ROWS = 16_384, 32_768
+ROWS_PER_UNKNOWN = 2
+LEAST_ROWS, MOST_ROWS = 4096, 8192
+MORE_ROWS = 16_384
+MATRIX_WORK = 1e10
+"""Multiply-accumulates of a matrix up to which ``MORE_ROWS`` are sampled."""
 
 
 def collect(
@@ -322,8 +325,9 @@ class _Rows:
         size, folded = self.columns.shape
         parts = feeds * self.sharers
         if self.most is None:
-            enough = max(ROWS_PER_UNKNOWN * size, LEAST_ROWS)
-            whole: int = max(64, min(enough, MOST_ROWS) // folded)
+            enough = min(max(ROWS_PER_UNKNOWN * size, LEAST_ROWS), MOST_ROWS)
+            cheap = min(int(MATRIX_WORK / size**2), MORE_ROWS)
+            whole: int = max(64, max(enough, cheap) // folded)
             return -(-whole // parts)
         in_memory = self.most // (self.groups * size)
         in_time = math.isqrt(int(MOST_FLOPS / (FLOPS_PER_VALUE * self.groups * size)))

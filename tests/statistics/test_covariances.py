@@ -352,6 +352,7 @@ def test_many_rows_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     truth = _covariance(rows)
     monkeypatch.setattr(covariances, "LEAST_ROWS", 400)
     monkeypatch.setattr(covariances, "MOST_ROWS", 1000)
+    monkeypatch.setattr(covariances, "MORE_ROWS", 400)
     found = {
         seed: covariances.collect(model, coupling, feeds, "cpu", seed=seed)[name] for seed in (0, 1)
     }
