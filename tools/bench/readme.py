@@ -54,8 +54,8 @@ TEXT = {
         "Effort",
         (
             "What each level of `--effort` keeps at equal MACs (accuracy in percent, or agreement with the original), "
-            "and the processor time of the whole run without a cache: `high` measures losses again around the plan, "
-            "twice; widths not aligned."
+            "and the processor time of the whole run without a cache: `low` measures the losses of widths on fewer "
+            "samples and at fewer widths, `high` measures them again around the plan, twice; widths not aligned."
         ),
     ),
     "branches": (
