@@ -231,7 +231,7 @@ class ClampedProblem:
         return step
 
     def _fitted(self, rows: slice, change: Floats | None, shift: Floats) -> Floats:
-        """What a fit adds to the outputs at some rows (groups, rows, outputs)."""
+        """Change of the outputs by a fit, at some rows (groups, rows, outputs)."""
         if change is None:
             return shift[:, None]
         fitted: Floats = self.x[:, rows] @ change

@@ -214,7 +214,7 @@ FILLED = """(float[N,6] x) => (float[N,4] y)
 
 
 def test_constant_of_one_number_is_cut_by_its_lengths(tmp_path: Path) -> None:
-    """Where the kept indices are taken of it, reading the file folds both nodes, and their numbers count as weights."""
+    """A constant that only gives its kept indices is folded on reading, and its numbers count as weights."""
     proto = build(FILLED)
     for tensor in proto.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
