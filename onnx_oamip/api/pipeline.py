@@ -486,23 +486,34 @@ def _targets(
 
 
 def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | None]:
-    """The result of a plan, trained if the settings ask for it."""
-    if ready.judged is None or result.plan.keep.all():
+    """The result of a plan, trained if the settings ask for it, and how it was trained.
+
+    The training starts from a refit without the samples that judge it. Where the trained model is refused, the result
+    stays the refit to all samples.
+    """
+    if ready.judged is None or ready.trained is None or result.plan.keep.all():
         return result, None
     model = ready.model
-    student = models.from_proto(result.pruned.proto, model.bindings, path="the pruned model")
+    start, refitted = result, None
     with ready.clock("recover"):
+        if ready.without_judged is not ready:
+            start = execution.carry_out(ready.without_judged, result.plan)
+            refitted = ready.samples.count
+        student = models.from_proto(start.pruned.proto, model.bindings, path="the pruned model")
         proto, found = recovery.run(
             recovery.Pair(model, student, ready.coupling, result.plan.keep),
             ready.objective,
-            ready.samples,
+            ready.trained,
             ready.judged,
             ready.settings,
             device=ready.device,
             measured=ready.held_out,
+            unrecovered=result.pruned.proto,
             progress=ready.progress,
         )
-    return replace(result, pruned=replace(result.pruned, proto=proto)), found
+    pruned = replace(start.pruned, proto=proto) if found.accepted else result.pruned
+    notes = (*pruned.notes, *recovery.notes(found, refitted=refitted))
+    return replace(result, pruned=replace(pruned, notes=notes)), found
 
 
 def _finish(
@@ -553,7 +564,6 @@ def _finish(
             *(score_draws.notes(scores, ready.coupling, result.plan.keep) if scores else ()),
             *result.plan.notes,
             *result.pruned.notes,
-            *(recovery.notes(found) if found else ()),
             *notes,
             *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),

@@ -444,9 +444,6 @@ def open_context(
     with clock("load"):
         model = models.load(path, stated=settings.shapes)
         samples, held = samples_of(model, source, eval_data, settings)
-        judged = None
-        if settings.recover is not None and source is not None:
-            samples, judged = split(samples, held, settings.seed)
         model = dataset.at_data(model, samples)
         in_file, returns = model, frozenset[str]()
         if source is not None:
@@ -469,7 +466,6 @@ def open_context(
         else:
             samples = batching.tried(session, samples, batch)
             held = batching.alike(session, samples, held)
-            judged = batching.alike(session, samples, judged)
         unfused = (UNFUSED,) if session.unfused else ()
         del session  # it holds a copy of the weights
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
@@ -477,6 +473,7 @@ def open_context(
         **_cache_identity(model, samples, settings, device),
         "op_libraries": [library.sha256 for library in libraries],
     }
+    trained = judged = None
     if source is not None or eval_data is not None:
         with clock("objective"):
             size = run_size(model, settings.activation_memory_limit)
@@ -487,6 +484,10 @@ def open_context(
             if spread is not samples:
                 samples = spread
                 identity = _cache_identity(model, samples, settings, device)
+            if settings.recover is not None:
+                trained, judged = split(samples, held, settings.seed)
+                if trained is not samples:
+                    trained = spread_rare(model, objective, trained, device, batch_size=size)
     for note in objective.notes:
         LOG.warning("%s", note)
     if settings.max_drop is not None and source is not None:
@@ -509,6 +510,7 @@ def open_context(
         samples=samples,
         held_out=held,
         judged=judged,
+        trained=trained,
         device=device,
         settings=settings,
         objective=objective,

@@ -58,6 +58,7 @@ def run(
     *,
     device: str,
     measured: Samples | None = None,
+    unrecovered: onnx.ModelProto | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[onnx.ModelProto, Recovery]:
@@ -71,11 +72,12 @@ def run(
         settings: Effort, changes of samples, device, memory and seed.
         device: Device of ONNX Runtime.
         measured: Samples on which the result is measured; those that judge by default.
+        unrecovered: Model that is taken where the objective did not fall; the pruned one by default.
         progress: Callback ``(stage, done, total)``.
         stop: Asked after every step; True ends training with the best so far.
 
     Returns:
-        The trained model, or the pruned one where the objective did not fall; and how it was trained.
+        The trained model, or the unrecovered one where the objective did not fall; and how it was trained.
 
     Raises:
         EnvironmentMissing: torch is not installed.
@@ -118,7 +120,7 @@ def run(
         stop=stop,
     )
     trained = training.train(task, effort_of(settings.recover or DEFAULT_EFFORT))
-    proto = pair.pruned.proto if trained.proto is None else trained.proto
+    proto = trained.proto or unrecovered or pair.pruned.proto
     best = trained.best
     return proto, Recovery(
         accepted=trained.proto is not None,
@@ -144,20 +146,23 @@ def run(
     )
 
 
-def notes(recovery: Recovery) -> tuple[str, ...]:
+def notes(recovery: Recovery, *, refitted: int | None = None) -> tuple[str, ...]:
     """State what a reader of the report should know about a recovery.
 
     Args:
         recovery: The recovery.
+        refitted: Samples to which the unrecovered model was refitted, where these are more than those of the training;
+            else None.
 
     Returns:
         Notes for the report.
     """
     found = []
     if not recovery.accepted:
+        which = "" if refitted is None else f", refitted to all {refitted:,} samples"
         found.append(
             f"the recovery was not taken, as the held-out objective ({recovery.before:.4g}) did not fall by "
-            "more than noise; the model is the unrecovered one"
+            f"more than noise; the model is the unrecovered one{which}"
         )
     if recovery.left_out:
         listed = "; ".join(recovery.left_out[:3])

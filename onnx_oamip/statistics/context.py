@@ -73,8 +73,10 @@ class Context:
         coupling: Its units, without those that are excluded.
         samples: Calibration samples; random ones where there is no data.
         held_out: Held-out samples, or None.
-        judged: Samples that judge a recovery: those held out, or a part of the data where these are the user's own
-            evaluation data; None without a recovery.
+        judged: Samples that judge a recovery: those held out, or a part of the calibration samples where these are the
+            user's own evaluation data; None without a recovery.
+        trained: Samples that a recovery trains on: the calibration samples without those of ``judged``; None without
+            a recovery.
         device: The device that inference runs on.
         settings: Settings of the run.
         objective: Terms by which a pruned model is judged; with their scales if there is data.
@@ -98,6 +100,7 @@ class Context:
     settings: Settings
     objective: Objective
     judged: Samples | None = None
+    trained: Samples | None = None
     metric: Metric | None = None
     store: Store = field(default_factory=Store)
     cache_identity: Mapping[str, Any] = field(default_factory=dict)
@@ -137,6 +140,17 @@ class Context:
             return self.factoring.before
         whole = self.ledger.cost(cost.full_widths(self.coupling))
         return replace(whole, bytes=self.model.file_bytes)
+
+    @property
+    def without_judged(self) -> Context:
+        """The context in which a model is refitted before a recovery: samples that judge it are no calibration samples.
+
+        It is the same context where they are held out from all stages.
+        """
+        if self.trained is None or self.trained is self.samples:
+            return self
+        identity = {**self.cache_identity, "samples of": "recovery"}
+        return replace(self, samples=self.trained, cache_identity=identity)
 
     @property
     def batch(self) -> int:

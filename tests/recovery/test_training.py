@@ -21,6 +21,7 @@ from onnx_oamip.objective import compare
 torch = pytest.importorskip("torch")
 
 from onnx_oamip.recovery import engine, losses, rates, training  # noqa: E402
+from onnx_oamip.recovery import recover as recovery  # noqa: E402
 from onnx_oamip.recovery.judge import Judge  # noqa: E402
 
 NETWORK = """(float[N, 8] x) => (float[N, 4] y)
@@ -263,6 +264,74 @@ def test_prune_recovers_behind_the_refit(case: Path) -> None:
     assert report.recovery.features
     (measure,) = report.verification.outputs
     assert measure.values == report.recovery.outputs[0].values
+
+
+@pytest.fixture
+def with_evaluation(case: Path) -> Path:
+    """The data, with samples of the user's own to measure on."""
+    path = case / "evaluated.npz"
+    with np.load(case / "data.npz") as data:
+        np.savez(path, **{"x": data["x"], "eval.x": np.flip(data["x"], 1)})
+    return path
+
+
+def judged_alone(**changes: object) -> Settings:
+    return Settings.create(macs=0.4, force=True, task="values", align=1, device="cpu", **changes)
+
+
+@pytest.mark.usefixtures("much_too_large_rate")
+def test_refused_recovery_leaves_the_model_refitted_to_all_samples(
+    case: Path, with_evaluation: Path
+) -> None:
+    model = case / "model.onnx"
+    prune(model, with_evaluation, case / "plain.onnx", judged_alone())
+    report = prune(model, with_evaluation, case / "refused.onnx", judged_alone(recover=20))
+    assert report.recovery is not None
+    assert not report.recovery.accepted
+    assert (report.recovery.samples, report.recovery.held_out) == (192, 48)
+    assert (case / "refused.onnx").read_bytes() == (case / "plain.onnx").read_bytes()
+    assert any("refitted to all 240 samples" in note for note in report.notes)
+    (measure,) = report.verification.outputs
+    assert measure.values == report.recovery.outputs[0].values
+    assert measure.values != report.recovery.outputs_before[0].values
+
+
+@pytest.mark.usefixtures("much_too_large_rate")
+def test_refused_recovery_of_a_plan_leaves_what_apply_writes(
+    case: Path, with_evaluation: Path
+) -> None:
+    chosen = {"refit": "least-squares", "force": True, "device": "cpu"}
+    arguments = (case / "model.onnx", case / "plan.json", with_evaluation)
+    apply(*arguments, case / "plain.onnx", chosen)
+    report = apply(*arguments, case / "refused.onnx", {**chosen, "recover": 20})
+    assert report.recovery is not None
+    assert not report.recovery.accepted
+    assert (case / "refused.onnx").read_bytes() == (case / "plain.onnx").read_bytes()
+
+
+def test_samples_that_judge_a_recovery_are_in_no_refit(
+    case: Path, with_evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of the judging samples change what is measured there, and not the start of the training."""
+    started = []
+
+    def run(pair: recovery.Pair, *_: object, **__: object) -> None:
+        started.append((pair.pruned.proto.SerializeToString(), _[1], _[2]))
+        raise InterruptedError
+
+    monkeypatch.setattr(recovery, "run", run)
+    with np.load(with_evaluation) as data:
+        arrays = dict(data)
+    asked = {"refit": "least-squares", "recover": 20, "cache": "off", "device": "cpu"}
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            apply(case / "model.onnx", case / "plan.json", arrays, None, asked)
+        judged = started[-1][2]
+        arrays["x"][judged.origin] *= 3.0
+    (first, trained, judged), (second, _, _) = started
+    assert first == second
+    assert not set(trained.origin) & set(judged.origin)
+    assert set(trained.origin) | set(judged.origin) == set(range(240))
 
 
 # ------------------------------------------------------------------------------------------------------- weights
