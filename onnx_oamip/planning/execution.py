@@ -17,7 +17,7 @@ from onnx_oamip.core.records import (
     Trial,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data import augmentation
+from onnx_oamip.data import augmentation, division
 from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
@@ -281,7 +281,10 @@ class _LeastSquares:
         return self._fronts[is_weighted]
 
     def _sampling(self, samples: Samples, objective: Objective | None) -> least_squares.Sampling:
+        """Samples of a refit. The last rows choose the ridge: where samples have groups, they are of their own ones."""
         ready = self.ready
+        if samples.groups is not None:
+            samples = samples.take(division.together(samples.groups))
         return least_squares.Sampling(
             samples=samples,
             device=ready.device,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip.core.records import Request, Statistics
+from onnx_oamip.data import division
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import BUILT_IN
@@ -49,15 +50,33 @@ def parts(samples: Samples) -> tuple[Samples, Samples]:
         samples: All calibration samples, in random order.
 
     Returns:
-        Samples for covariances and repairs, and up to ``SENSITIVITY_SAMPLES`` for losses. Both are all samples if there
-        are too few to split.
+        Samples for covariances and repairs, and up to ``SENSITIVITY_SAMPLES`` for losses. Where the samples have
+        groups, no group is on both sides, if these can be divided so. Both sides are all samples if there are too few
+        to split.
     """
     count = samples.count
     measured = min(SENSITIVITY_SAMPLES, count // 4)
     if measured < (samples.fixed_batch or 1):
         return samples, samples
+    by_group = _parts_by_group(samples)
+    if by_group is not None:
+        return by_group
     split = count - measured
     return samples.take(np.arange(split)), samples.take(np.arange(split, count))
+
+
+def _parts_by_group(samples: Samples) -> tuple[Samples, Samples] | None:
+    """About a quarter of the samples in whole groups for losses, and the others; None if no groups can be divided."""
+    groups = samples.groups
+    if groups is None or (groups == groups[0]).all():
+        return None
+    chosen = division.held_out_groups(groups, samples.count // 4, 0, samples.classes)
+    fitted = np.flatnonzero(~chosen)
+    # All groups have their part in these: the samples are in random order.
+    measured = np.flatnonzero(chosen)[:SENSITIVITY_SAMPLES]
+    if min(len(fitted), len(measured)) < (samples.fixed_batch or 1):
+        return None
+    return samples.take(fitted), samples.take(measured)
 
 
 def _position(request: Request[Any]) -> tuple[int, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objectives
 import pytest
 from conftest import MODELS
 from graphs import CNN, RESIDUAL, build, constants, load, samples
@@ -62,6 +63,7 @@ from onnx_oamip.planning.width_losses import interpolate, rungs
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.repair import least_squares, refit_scope, row_sampling
 from onnx_oamip.statistics import collector
+from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification.equivalence import compare, watch
 from onnx_oamip.verification.latency import Step
 
@@ -728,6 +730,51 @@ def test_refit_that_is_kept_is_made_again_on_all_samples(
     assert all(np.array_equal(kept[name], last[name]) for name in kept)
     first = calibration_loss.losses(ready, [made[0][1].proto])
     assert found.pruned.losses["refit"] == first[0]
+
+
+def of_recordings(rng: np.random.Generator, recordings: int) -> Array:
+    """Eight windows of every recording, which are its mean with a little noise."""
+    means = np.repeat(rng.standard_normal((recordings, 24)), 8, axis=0)
+    return (means + 0.1 * rng.standard_normal(means.shape)).astype(np.float32)
+
+
+def test_groups_make_refits_for_new_recordings(tmp_path: Path) -> None:
+    """Windows of few recordings: without groups, refits are measured on recordings that they know, and fit these too
+    closely, as the ridge is chosen on them."""
+    text = """(float[N, 24] x) => (float[N, 4] y)
+    <float[24, 48] w1, float[48] b1, float[48, 4] w2> {
+        a = Gemm(x, w1, b1)
+        r = Relu(a)
+        y = MatMul(r, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    keep = np.arange(coupling.n_units) % 3 > 0
+    widths = np.asarray([keep[group.units].sum() for group in coupling.groups])
+    plan = Plan(keep, widths, "uniform", cost.count(model))
+    settings = Settings.create(macs=0.5, workers=1, augment="none")
+    measured: dict[bool, list[float]] = {True: [], False: []}
+    elsewhere: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        known, new = of_recordings(rng, 40), of_recordings(rng, 200)
+        for has_groups in (True, False):
+            named = {"groups": np.repeat(np.arange(40), 8)} if has_groups else {}
+            every = dataset.load({"x": known, **named}, model)
+            others = dataset.load({"x": new}, model)
+            assert every is not None
+            assert others is not None
+            every = dataset.shuffle(every, seed)
+            objective = objectives.of_samples(model, every)
+            ready = Context(model, coupling, every, None, "cpu", settings, objective)
+            refits = execution.draft(ready, plan).least_squares
+            measured[has_groups].append(refits.first_losses["refit"])
+            at_new = replace(ready, samples=others)
+            elsewhere[has_groups] += calibration_loss.losses(at_new, [refits.first["refit"].proto])
+    ratios = {key: np.divide(measured[key], elsewhere[key]).mean() for key in measured}
+    assert 0.7 < ratios[True] < 1.5
+    assert ratios[False] < 0.3
+    assert np.mean(elsewhere[True]) < 0.9 * np.mean(elsewhere[False])
 
 
 def test_images_are_refitted_with_copies_too_where_they_are_few(

@@ -16,6 +16,7 @@ from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import Coupling, Model, Request, Scores, Statistics
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance import Method, find, names, register
 from onnx_oamip.planning.scoring import score
@@ -24,7 +25,7 @@ from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.published.nnrelief import absolute_signal
 from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.statistics import calibration, class_samples, covariances
-from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.collector import SENSITIVITY_SAMPLES, collect, parts
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS, RELEVANCE
 
@@ -168,3 +169,45 @@ def test_reading_an_unrequested_statistic_is_refused(
         match="reads the statistic 'covariance' without requesting it; add its request",
     ):
         score(asked)
+
+
+def grouped(context: Context, groups: Sequence[object], fixed_batch: int | None = None) -> Samples:
+    """As many samples as groups are given for, in random order."""
+    found = dataset.load(samples(context.model, len(groups)), context.model)
+    assert found is not None
+    named = replace(found, groups=np.asarray(groups), fixed_batch=fixed_batch)
+    return dataset.shuffle(named, 3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", [int, str])
+def test_losses_are_measured_on_whole_groups(context: Context, seed: int, kind: type) -> None:
+    """About a quarter of the samples are of the groups that no repair uses; the most that is needed is measured on."""
+    sizes = np.random.default_rng(seed).integers(1, 40, 60)
+    names = [kind(name) for name in np.repeat(np.arange(60), sizes)]
+    every = grouped(context, names)
+    fitted, measured = parts(every)
+    assert fitted.groups is not None
+    assert measured.groups is not None
+    assert not set(fitted.groups) & set(measured.groups)
+    assert abs(every.count - fitted.count - every.count // 4) <= 20
+    assert measured.count == min(SENSITIVITY_SAMPLES, every.count - fitted.count)
+    assert len(set(measured.groups)) > 0.7 * (60 - len(set(fitted.groups)))
+    for part, again in zip((fitted, measured), parts(every), strict=True):
+        assert part.origin is not None
+        assert again.origin is not None
+        np.testing.assert_array_equal(part.origin, again.origin)
+
+
+@pytest.mark.parametrize(
+    ("groups", "fixed_batch"),
+    [([0] * 40, None), (["a"] * 40, None), ([0] * 38 + [1] * 2, 4)],
+)
+def test_groups_that_cannot_be_divided_are_measured_as_samples_without(
+    context: Context, groups: list[object], fixed_batch: int | None
+) -> None:
+    every = grouped(context, groups, fixed_batch)
+    for part, plain in zip(parts(every), parts(replace(every, groups=None)), strict=True):
+        assert part.origin is not None
+        assert plain.origin is not None
+        np.testing.assert_array_equal(part.origin, plain.origin)

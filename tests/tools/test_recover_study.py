@@ -11,6 +11,7 @@ import pytest
 from graphs import build
 from onnx import numpy_helper
 
+from onnx_oamip.data.sources import samples_of
 from tools.bench import recover, recover_images, recover_operators, recover_peers
 
 TEXT = "(float[N, 4] image) => (float[N, 3] scores) <float[4, 3] w> { scores = MatMul(image, w) }"
@@ -119,6 +120,13 @@ def test_sets_of_images_share_the_judge(tmp_path: Path) -> None:
     assert every.shape == (16, 4)
     rows = np.concatenate([2 * every.astype(np.float32) + 1, judged])
     assert np.array_equal(np.sort(rows, axis=0), 2 * images.astype(np.float32) + 1)
+    refitted, measured = samples_of(
+        setting.original, setting.refit_images(), None, setting.settings
+    )
+    assert measured is not None
+    for samples, rows in ((refitted, 2 * every.astype(np.float32) + 1), (measured, judged)):
+        found = samples.feed(np.arange(samples.count))["input"]
+        assert np.array_equal(np.sort(found, axis=0), np.sort(rows, axis=0))
     mixed = setting.images(5, tmp_path / "more.npz")["input"]
     assert np.array_equal(mixed, np.concatenate([every[:5], images[:3] + 100]))
 

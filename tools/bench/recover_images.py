@@ -102,6 +102,14 @@ class Setting:
         size = run_size(self.original, self.settings.activation_memory_limit)
         return scale(self.original, found, self.training, "cpu", batch_size=size)
 
+    def refit_images(self) -> dict[str, Array]:
+        """The training part, to all of which a model is refitted, and the last fifth to measure it on."""
+        origin = self.judged.origin
+        assert origin is not None
+        with np.load(self.data) as held:
+            judged = held["input"][origin]
+        return {**self.images(self.training.count, None), f"{dataset.EVALUATION}input": judged}
+
     def images(self, count: int, more: Path | None) -> dict[str, Array]:
         """The first images of the training part, and those of another file."""
         with np.load(self.data) as held:
@@ -174,8 +182,8 @@ def _made(setting: Setting, case: Case, kept: Path) -> tuple[Path, Path]:
         settings = Settings.create(macs=case.macs, align=1, **shared)
         pipeline.plan(setting.model, setting.data, plan, settings)
     if not pruned.exists():
-        training = setting.images(setting.training.count, None)
-        pipeline.apply(setting.model, plan, training, pruned, {**shared, "force": True})
+        changes = {**shared, "force": True}
+        pipeline.apply(setting.model, plan, setting.refit_images(), pruned, changes)
     return plan, pruned
 
 
