@@ -82,10 +82,15 @@ class Case:
         return {name: self.coupling.keep((name, 0), keep) for name in self.weights()}
 
 
-def open_case(path: Path, network: str, data: Dataset, seed: int) -> Case:
-    """Load a trained network; its calibration pool is drawn by its own seed."""
+def open_case(
+    path: Path, network: str, data: Dataset, seed: int, inputs: Array | None = None
+) -> Case:
+    """Load a trained network; its calibration pool is drawn by its own seed.
+
+    ``inputs``: inputs of the pool's images for a network that reads something else than images.
+    """
     model = models.load(path)
-    samples = _samples(model, data, seed)
+    samples = _samples(model, data, seed, inputs)
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
     plain = settings(importance="oamip", mode="decoupled")
@@ -96,13 +101,16 @@ def open_case(path: Path, network: str, data: Dataset, seed: int) -> Case:
     return Case(network, data, seed, model, coupling, samples, statistics, objective)
 
 
-def _samples(model: Model, data: Dataset, seed: int) -> feeds.Samples:
+def _samples(
+    model: Model, data: Dataset, seed: int, inputs: Array | None = None
+) -> feeds.Samples:
     rows = data.pool(seed)
-    source: dict[str, Array] = {
-        "input": data.train_images[rows],
-        "labels": data.train_labels[rows],
-        "input.scale": np.asarray(1 / 255, np.float32),
-    }
+    source: dict[str, Array] = {"labels": data.train_labels[rows]}
+    if inputs is None:
+        source["input"] = data.train_images[rows]
+        source["input.scale"] = np.asarray(1 / 255, np.float32)
+    else:
+        source["input"] = inputs
     found = feeds.load(source, model)
     assert found is not None
     return found

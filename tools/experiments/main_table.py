@@ -44,7 +44,7 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
     found: dict[str, Any] = {
         "reference": accuracy(case, case.model.proto),
         "images": int((few.labels >= 0).sum()),
-        "removed": _removed(case, widths),
+        "removed": removed(case, widths),
         "gone": gone(case, keep),
         "paper": {**program(paper.programs), "wall": seconds},
         "scores": paper.values.round(6).tolist(),
@@ -52,22 +52,34 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
     }
     results: dict[str, dict[str, float]] = {"paper": measured(case, keep)}
     results["critical"] = measured(case, mask(case, -paper.values, widths))
-    for name in ("l1", "activation"):
-        results[name] = measured(case, mask(case, _values(case, name), widths))
-    draws = [
-        mask(case, _values(case, "random", draw), widths)
-        for draw in _seeds(case, protocol.random_draws)
-    ]
-    each = [measured(case, draw) for draw in draws]
-    results["random"] = {t: float(np.mean([e[t] for e in each])) for t in TREATMENTS}
-    found["random_spread"] = {t: float(np.std([e[t] for e in each])) for t in TREATMENTS}
+    results |= by_weights(case, widths)
+    results["random"], found["random_spread"] = at_random(case, widths, protocol.random_draws)
     found["exact"], values = _exact(case, protocol, exact)
     if values is not None:
         results["exact"] = measured(case, mask(case, values, widths))
-    results["decoupled"], found["decoupled"], refitted = _decoupled(case, widths)
+    results["decoupled"], found["decoupled"], refitted = decoupled(case, widths)
     found["keep"]["decoupled"] = _rows(case, refitted)
     found["accuracy"] = results
     return found
+
+
+def by_weights(case: Case, widths: Ints) -> dict[str, dict[str, float]]:
+    """Accuracy of the units of largest L1 norm, and of largest activation energy, by treatment."""
+    return {
+        name: measured(case, mask(case, _values(case, name), widths))
+        for name in ("l1", "activation")
+    }
+
+
+def at_random(
+    case: Case, widths: Ints, draws: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and spread of the accuracy of random masks, by treatment."""
+    masks = [mask(case, _values(case, "random", seed), widths) for seed in _seeds(case, draws)]
+    each = [measured(case, keep) for keep in masks]
+    mean = {t: float(np.mean([e[t] for e in each])) for t in TREATMENTS}
+    spread = {t: float(np.std([e[t] for e in each])) for t in TREATMENTS}
+    return mean, spread
 
 
 def _exact(
@@ -84,7 +96,7 @@ def _exact(
         asked = settings(mode=mode, formulation="exact", seed=case.seed, time_limit=limits[mode])
         scores, seconds = score(case, asked, few)
         own = below(case, scores.values, HALF)
-        about = {"wall": seconds, "limit": limits[mode], "removed": _removed(case, own)}
+        about = {"wall": seconds, "limit": limits[mode], "removed": removed(case, own)}
         tries[mode] = {**program(scores.programs), **about}
         if (scores.values < HALF).any():
             return {"which": mode, "tries": tries}, scores.values
@@ -96,7 +108,7 @@ def _rows(case: Case, keep: Bools) -> dict[str, list[int]]:
     return {name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()}
 
 
-def _decoupled(case: Case, widths: Ints) -> tuple[dict[str, float], dict[str, Any], Bools]:
+def decoupled(case: Case, widths: Ints) -> tuple[dict[str, float], dict[str, Any], Bools]:
     """Scores for the refit that the model gets, as in the package; the mask is that for least squares."""
     results: dict[str, float] = {}
     about: dict[str, Any] = {}
@@ -120,7 +132,8 @@ def _seeds(case: Case, count: int) -> list[int]:
     return [100 * case.seed + i for i in range(count)]
 
 
-def _removed(case: Case, widths: Ints) -> list[int]:
+def removed(case: Case, widths: Ints) -> list[int]:
+    """Units that go from every layer."""
     return [len(g.units) - int(w) for g, w in zip(case.coupling.groups, widths, strict=True)]
 
 

@@ -105,15 +105,15 @@ def accuracy(model: nn.Module, data: Dataset) -> float:
     return 100 * float((torch.cat(guess).numpy() == data.test_labels).mean())
 
 
-def export(model: nn.Module, path: Path) -> None:
-    """Write the network as ONNX, with a free batch axis."""
+def export(model: nn.Module, path: Path, example: Tensor | None = None) -> None:
+    """Write the network as ONNX, with a free batch axis; ``example``: an input of it where it reads no images."""
     held = io.BytesIO()
     with warnings.catch_warnings():
         # This exporter is the older one: it needs no further package.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (torch.zeros(2, 1, 28, 28),),
+            (torch.zeros(2, 1, 28, 28) if example is None else example,),
             held,
             dynamo=False,
             opset_version=OPSET,

@@ -22,11 +22,18 @@ class Network:
     convolutional: bool = False
 
 
-NETWORKS: Mapping[str, Network] = {
+PUBLISHED: Mapping[str, Network] = {
     "fc3": Network("FC-3", (300, 100), 0.1),
     "fc4": Network("FC-4", (200, 100, 100), 0.1),
     "lenet5": Network("LeNet-5", (6, 16, 120, 84), 0.2, True),
 }
+AUXILIARY = Network("VGG", (12, 16, 32, 32, 64, 64, 64), 0.3, True)
+"""Six convolutions and a dense layer; each convolution is trained and scored with an auxiliary head."""
+POOLED = (2, 4, 6)
+"""Convolutions behind which its maps are halved by average pooling."""
+SIDE = 32
+"""Side of its first maps."""
+NETWORKS: Mapping[str, Network] = {**PUBLISHED, "vgg": AUXILIARY}
 DATA = ("mnist", "fashion")
 BATCH, RATE = 128, 1e-3
 FINE_TUNE = 1
@@ -42,7 +49,7 @@ class Protocol:
     ``networks_apart``: those for draws of images and transfer.
     """
 
-    networks: tuple[str, ...] = tuple(NETWORKS)
+    networks: tuple[str, ...] = tuple(PUBLISHED)
     data: tuple[str, ...] = DATA
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 5
