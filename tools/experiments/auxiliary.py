@@ -8,7 +8,7 @@ compared with one threshold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,21 @@ from .case import (
     settings,
 )
 from .data import Dataset
-from .protocol import Protocol
+from .protocol import AUXILIARY, Protocol
 
 DATA = "fashion"
 """Data set that the VGG is trained on."""
-TRAINED = 6_000
+TRAINED = 20_000
 """Training images, the first ones: a module trains on them as often as the other networks on all."""
-SECONDS = 120.0
+JUDGED = 2_000
+"""Test images, the first ones, that judge."""
+SECONDS = 60.0
 """Time limit of the program of one module."""
-METHODS = ("random", "critical", "l1", "activation", "auxiliary", "decoupled")
-HALF = "half of every layer"
+METHODS = ("random", "l1", "auxiliary", "decoupled")
 THRESHOLD = "published threshold"
-WIDTHS = (THRESHOLD, HALF)
-"""Counts of units at which the methods are compared."""
+HALF = "half of every layer"
+SHOWN = ("fold", "refit")
+"""Treatments of the consumers of removed units."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,38 @@ class Files:
     parts: tuple[Path, ...]
 
     @classmethod
-    def of(cls, folder: Path, seed: int, epochs: int, count: int) -> Files:
+    def of(cls, folder: Path, seed: int, epochs: int) -> Files:
         """Name the files.
 
         Args:
             folder: Folder of trained networks.
             seed: Seed of the training.
             epochs: Epochs of the training.
-            count: Number of modules.
 
         Returns:
             The paths.
         """
         name = f"vgg-{DATA}-seed{seed}-epochs{epochs}-images{TRAINED}"
+        count = len(AUXILIARY.widths) - 1
         parts = tuple(folder / f"{name}-module{number}.onnx" for number in range(1, count + 1))
         return cls(folder / f"{name}.onnx", parts)
+
+
+def train(files: Files, data: Dataset, seed: int, epochs: int) -> None:
+    """Train the modules on the first images, and write them and the network.
+
+    Args:
+        files: Files to write.
+        data: Data set with all of its images.
+        seed: Seed of the training.
+        epochs: Epochs of the training.
+    """
+    from . import greedy  # torch: only where something is trained
+
+    few = replace(
+        data, train_images=data.train_images[:TRAINED], train_labels=data.train_labels[:TRAINED]
+    )
+    greedy.make(few, seed, epochs, files.whole, files.parts)
 
 
 def run(files: Files, data: Dataset, seed: int, protocol: Protocol) -> dict[str, Any]:
@@ -89,21 +108,26 @@ def run(files: Files, data: Dataset, seed: int, protocol: Protocol) -> dict[str,
         protocol: The run.
 
     Returns:
-        The record: programs, shares removed and accuracies by counts and method.
+        The record: scores and program of every module, and shares removed and accuracies by counts and method.
     """
-    case = open_case(files.whole, "vgg", data, seed)
-    inputs = _module_inputs(files.whole, data.train_images[data.pool(seed)])
+    judged = replace(
+        data, test_images=data.test_images[:JUDGED], test_labels=data.test_labels[:JUDGED]
+    )
+    case = open_case(files.whole, "vgg", judged, seed)
+    inputs = module_inputs(files.whole, data.train_images[data.pool(seed)])
     values = np.full(case.coupling.n_units, np.nan)
     modules = []
     for path, images in zip(files.parts, inputs, strict=True):
-        module = open_case(path, "vgg", data, seed, images)
+        module = open_case(path, "vgg", judged, seed, images)
         asked = settings(seed=seed, time_limit=SECONDS)
         scores, seconds = score(module, asked, choose(module, module.samples))
-        own = {name: scores.values[_units(module, name)] for name in module.weights()}
-        shared = {name: v for name, v in own.items() if name in case.weights()}
-        for name, found in shared.items():
-            values[_units(case, name)] = found
-        about = {"weights": list(shared), "reference": _right(module), "wall": seconds}
+        layers = {}
+        for weight in module.weights():
+            if weight in case.weights():
+                own = scores.values[units_of(module, weight)]
+                values[units_of(case, weight)] = own
+                layers[weight] = own.round(6).tolist()
+        about = {"layers": layers, "right": _right(module), "wall": seconds}
         modules.append({**program(scores.programs), **about})
     if np.isnan(values).any():
         raise RuntimeError(f"{files.whole.name}: units without a score from any module")
@@ -124,28 +148,43 @@ def _compared(case: Case, values: Floats, widths: Ints, protocol: Protocol) -> d
     """Shares that go at given widths, and the accuracy of every method by treatment."""
     keep = mask(case, values, widths)
     results = {
-        "auxiliary": measured(case, keep),
-        "critical": measured(case, mask(case, -values, widths)),
-        **main_table.by_weights(case, widths),
+        "auxiliary": measured(case, keep, SHOWN),
+        "l1": main_table.of_method(case, "l1", widths, SHOWN),
     }
-    results["random"], spread = main_table.at_random(case, widths, protocol.random_draws)
-    results["decoupled"], about, _ = main_table.decoupled(case, widths)
+    results["random"], spread = main_table.at_random(case, widths, protocol.random_draws, SHOWN)
+    results["decoupled"], about, _ = main_table.decoupled(case, widths, SHOWN)
     return {
         "removed": main_table.removed(case, widths),
         "gone": gone(case, keep),
         "accuracy": results,
         "random_spread": spread,
-        "decoupled": about,
+        "programs": about,
     }
 
 
-def _units(case: Case, weight: str) -> Ints:
-    """Unit of every row of a weight."""
+def units_of(case: Case, weight: str) -> Ints:
+    """Find the unit of every row of a weight.
+
+    Args:
+        case: A trained network.
+        weight: Name of a weight whose first axis holds units.
+
+    Returns:
+        The units (rows,).
+    """
     return case.coupling.axes[weight, 0]
 
 
-def _module_inputs(whole: Path, images: Array) -> list[Array]:
-    """Inputs of all modules for images: what the network feeds its convolutions."""
+def module_inputs(whole: Path, images: Array) -> list[Array]:
+    """Compute the inputs of all modules: what the network feeds its convolutions.
+
+    Args:
+        whole: File of the network.
+        images: Images as bytes.
+
+    Returns:
+        One array per convolution, in the order of the network; the first one holds the images in [0, 1].
+    """
     proto = onnx.load(whole)
     names = [node.input[0] for node in proto.graph.node if node.op_type == "Conv"]
     del proto.graph.output[:]

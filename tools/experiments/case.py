@@ -101,9 +101,7 @@ def open_case(
     return Case(network, data, seed, model, coupling, samples, statistics, objective)
 
 
-def _samples(
-    model: Model, data: Dataset, seed: int, inputs: Array | None = None
-) -> feeds.Samples:
+def _samples(model: Model, data: Dataset, seed: int, inputs: Array | None = None) -> feeds.Samples:
     rows = data.pool(seed)
     source: dict[str, Array] = {"labels": data.train_labels[rows]}
     if inputs is None:

@@ -101,8 +101,8 @@ def _classifier(width: int, side: int, dense: int, number: int) -> nn.Sequential
     )
 
 
-def front(modules: nn.ModuleList) -> list[tuple[str, nn.Module]]:
-    """List the layers of the network: the bodies, the pools between them, and the last head.
+def network(modules: nn.ModuleList) -> list[tuple[str, nn.Module]]:
+    """List the layers of the whole network: the bodies, the pools between them, and the last head.
 
     Args:
         modules: Modules in the order of the network.
@@ -209,11 +209,12 @@ def make(data: Dataset, seed: int, epochs: int, whole: Path, parts: Sequence[Pat
     torch.manual_seed(seed)
     modules = build()
     fit(modules, data, seed, epochs)
-    x = torch.zeros(2, 1, SIDE - 2 * MARGIN, SIDE - 2 * MARGIN)
-    networks.export(folded(front(modules)), whole, x)
+    side = SIDE - 2 * MARGIN
+    image = x = torch.zeros(2, 1, side, side)
     for number, (module, path) in enumerate(zip(modules, parts, strict=True), 1):
         layers = [*module.body.named_children(), *module.head.named_children()]
         networks.export(folded(layers), path, x)
         x = torch.zeros_like(module.body(x))
         if number in POOLED:
             x = nn.functional.avg_pool2d(x, 2)
+    networks.export(folded(network(modules)), whole, image)

@@ -52,7 +52,8 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
     }
     results: dict[str, dict[str, float]] = {"paper": measured(case, keep)}
     results["critical"] = measured(case, mask(case, -paper.values, widths))
-    results |= by_weights(case, widths)
+    for name in ("l1", "activation"):
+        results[name] = of_method(case, name, widths)
     results["random"], found["random_spread"] = at_random(case, widths, protocol.random_draws)
     found["exact"], values = _exact(case, protocol, exact)
     if values is not None:
@@ -63,22 +64,21 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
     return found
 
 
-def by_weights(case: Case, widths: Ints) -> dict[str, dict[str, float]]:
-    """Accuracy of the units of largest L1 norm, and of largest activation energy, by treatment."""
-    return {
-        name: measured(case, mask(case, _values(case, name), widths))
-        for name in ("l1", "activation")
-    }
+def of_method(
+    case: Case, importance: str, widths: Ints, treatments: tuple[str, ...] = TREATMENTS
+) -> dict[str, float]:
+    """Accuracy by treatment of the units of largest score by a method of the package."""
+    return measured(case, mask(case, _values(case, importance), widths), treatments)
 
 
 def at_random(
-    case: Case, widths: Ints, draws: int
+    case: Case, widths: Ints, draws: int, treatments: tuple[str, ...] = TREATMENTS
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean and spread of the accuracy of random masks, by treatment."""
+    """Mean and spread by treatment of the accuracy of random masks."""
     masks = [mask(case, _values(case, "random", seed), widths) for seed in _seeds(case, draws)]
-    each = [measured(case, keep) for keep in masks]
-    mean = {t: float(np.mean([e[t] for e in each])) for t in TREATMENTS}
-    spread = {t: float(np.std([e[t] for e in each])) for t in TREATMENTS}
+    each = [measured(case, keep, treatments) for keep in masks]
+    mean = {t: float(np.mean([e[t] for e in each])) for t in treatments}
+    spread = {t: float(np.std([e[t] for e in each])) for t in treatments}
     return mean, spread
 
 
@@ -108,16 +108,18 @@ def _rows(case: Case, keep: Bools) -> dict[str, list[int]]:
     return {name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()}
 
 
-def decoupled(case: Case, widths: Ints) -> tuple[dict[str, float], dict[str, Any], Bools]:
+def decoupled(
+    case: Case, widths: Ints, treatments: tuple[str, ...] = TREATMENTS
+) -> tuple[dict[str, float], dict[str, Any], Bools]:
     """Scores for the refit that the model gets, as in the package; the mask is that for least squares."""
     results: dict[str, float] = {}
     about: dict[str, Any] = {}
     keep = np.ones(case.coupling.n_units, bool)
-    for refit, treatments in (("none", ("fold", "cut")), ("least-squares", ("refit",))):
+    for refit, treated in (("none", ("fold", "cut")), ("least-squares", ("refit",))):
         asked = settings(mode="decoupled", formulation="exact", refit=refit, seed=case.seed)
         scores, seconds = score(case, asked)
         keep = mask(case, scores.values, widths)
-        results |= measured(case, keep, treatments)
+        results |= measured(case, keep, tuple(t for t in treated if t in treatments))
         about[refit] = {**program(scores.programs), "wall": seconds}
     return results, about, keep
 

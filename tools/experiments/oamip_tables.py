@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import data, main_table, page, studies
+from . import auxiliary, data, main_table, page, studies
 from .case import Case, open_case
 from .cells import Record, Records
 from .data import Dataset
@@ -134,6 +134,23 @@ class Run:
                 )
         found["transfer"] = self.transfer(found["main"])
         found["tuned"] = self.fine_tune(found["main"])
+        found["auxiliary"] = self.auxiliary()
+        return found
+
+    def auxiliary(self) -> Records:
+        """The VGG whose convolutions are trained and scored with heads of their own, by seed."""
+        data, epochs = self.sets[auxiliary.DATA], self.protocol.epochs
+        found = {}
+        for seed in self.protocol.seeds:
+            files = auxiliary.Files.of(self.work, seed, epochs)
+
+            def make(seed: int = seed, files: auxiliary.Files = files) -> Record:
+                if not files.whole.exists():
+                    auxiliary.train(files, data, seed, epochs)
+                return auxiliary.run(files, data, seed, self.protocol)
+
+            name = _name(("vgg", auxiliary.DATA, seed))
+            found[name] = self.store.get(f"auxiliary-{name}", make)
         return found
 
     def fine_tune(self, main: Records) -> Records:
@@ -209,17 +226,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, one epoch: only to see that it runs"
     )
+    about = f"measure the {page.AUXILIARY_TITLE} again and keep the other records of the folder's results.json"
+    parser.add_argument("--only-auxiliary", action="store_true", help=about)
     chosen = parser.parse_args(arguments)
+    protocol = QUICK if chosen.quick else Protocol()
     try:
         sets = {name: data.load(name, getattr(chosen, name)) for name in DATA}
+        kept = page.read(chosen.out, protocol) if chosen.only_auxiliary else None
     except data.Missing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    protocol = QUICK if chosen.quick else Protocol()
     chosen.work.mkdir(parents=True, exist_ok=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    records = Run(protocol, sets, chosen.work).everything()
-    page.write(chosen.out, protocol, records)
+    run = Run(protocol, sets, chosen.work)
+    if kept is None:
+        page.write(chosen.out, protocol, run.everything())
+    else:
+        page.write(chosen.out, protocol, {**kept, "auxiliary": run.auxiliary()}, renewed=True)
     return 0
 
 
