@@ -606,8 +606,8 @@ def _auxiliary_compared(records: Sequence[Record]) -> str:
     reading = f"OAMIP with heads, means over seeds: {'; '.join(readings)}."
     note = (
         f"Accuracy on the first {auxiliary.JUDGED:,} test images, by counts of units per layer: those below the "
-        "published threshold, and half of every layer, which shows the order of the scores: where they are all near 1, they "
-        "differ by less than the gap, or only by the activation that orders equal ones."
+        "published threshold, and half of every layer, which shows the order of the scores: where they are all near 1, "
+        "they differ by less than the gap, or only by the activation that orders equal ones."
     )
     return _section(f"The {AUXILIARY_TITLE}: accuracy at equal counts", rows, reading, note)
 
