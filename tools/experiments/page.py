@@ -555,14 +555,15 @@ def _auxiliary(protocol: Protocol, found: Found) -> str:
         f"normalisation, average pooling behind each second one) and a dense layer of {AUXILIARY.widths[-1]}. Every "
         "convolution is trained on a detached input with an auxiliary head of its own (pool, 1x1 convolution, pool, "
         "two dense layers, as in the published code; the last one with the classifier), by stochastic gradient descent "
-        f"at a rate that falls from 0.1 to 0 (constant as published, the network ends some points lower after so few "
-        f"epochs), on the first {auxiliary.TRAINED:,} training images for {protocol.epochs} epochs: a small and "
-        "briefly trained stand-in for the published VGG-16. Each module is a file of its own, with batch normalisation "
-        "folded into the layer in front of it; the published program is solved over a module and its head, on the "
-        "images that the head is least sure of, and the scores of the heads are dropped. Two differences matter: the "
-        "gate acts behind batch normalisation, and bounds start at the input of the module, not at the image. So they "
-        "decide nearly every sign, and each unit of a head must keep its sign at every position of every image, which "
-        "leaves the channels in front of it hardly any room; the published bounds of deep modules decide none."
+        f"at a constant rate of 0.1, as published, on the first {auxiliary.TRAINED:,} training images for "
+        f"{protocol.epochs} epochs, from the first seed: a small and briefly trained stand-in for the published "
+        "VGG-16. Each module is a file of its own, with batch normalisation folded into the layer in front of it; the "
+        "published program is solved over a module and its head, on the images that the head is least sure of, and the "
+        "scores of the heads are dropped. Two differences matter: the gate acts behind batch normalisation, and bounds "
+        "start at the input of the module, not at the image. So they decide nearly every sign, and each unit of a head "
+        "must keep its sign at every position of every image, which "
+        "leaves the channels in front of it hardly any room; bounds from the image decide almost no sign in the deep "
+        "modules of a VGG-16."
     )
     parts = [_section(f"The {AUXILIARY_TITLE}: programs", rows, reading, note)]
     parts.append(_auxiliary_compared(records))
