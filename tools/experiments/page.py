@@ -74,7 +74,8 @@ def write(out: Path, protocol: Protocol, found: Found, renewed: bool = False) ->
         "renewed": renewed,
     }
     (out / "results.json").write_text(json.dumps(_rounded(record), separators=(",", ":")) + "\n")
-    plots.draw(out, protocol, found)
+    if not renewed:  # no plot shows the VGG
+        plots.draw(out, protocol, found)
     sections = (
         _head,
         _gone,

@@ -10,7 +10,7 @@ import numpy as np
 from .cells import Record, Records, closed, losses, of, pairs, values
 from .data import TITLES
 from .main_table import METHODS
-from .protocol import NETWORKS, Protocol
+from .protocol import NETWORKS, PUBLISHED, Protocol
 from .studies import RULES
 
 COLOURS = {
@@ -149,7 +149,7 @@ def _weights(protocol: Protocol, found: dict[str, Records]) -> Any:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
-    marks = dict(zip(NETWORKS, "os^", strict=True))
+    marks = dict(zip(PUBLISHED, "os^", strict=True))
     colours = dict(zip(protocol.data, (COLOURS["paper"], COLOURS["critical"]), strict=True))
     for network, name in pairs(protocol):
         (record,) = of(found["weights"], network, name)
