@@ -605,11 +605,13 @@ def _auxiliary_compared(records: Sequence[Record]) -> str:
                 if method != "auxiliary" and other is not None:
                     leads.append(f"{own - other:+.2f} points against {NAMES[method]}")
             readings.append(f"{counts}, {TITLES_OF[treatment]}: {', '.join(leads)}")
-    reading = f"OAMIP with heads, means over seeds: {'; '.join(readings)}."
+    seeds = "one seed" if len(records) == 1 else f"means over {len(records)} seeds"
+    reading = f"OAMIP with heads, {seeds}: {'; '.join(readings)}."
     note = (
         f"Accuracy on the first {auxiliary.JUDGED:,} test images, by counts of units per layer: those below the "
         "published threshold, and half of every layer, which shows the order of the scores: where they are all near 1, "
-        "they differ by less than the gap, or only by the activation that orders equal ones."
+        "they differ by less than the gap, or only by the activation that orders equal ones. OAMIP decoupled is this "
+        "package's own decoupling, in which the consumers of a layer are its head."
     )
     return _section(f"The {AUXILIARY_TITLE}: accuracy at equal counts", rows, reading, note)
 
