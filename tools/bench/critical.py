@@ -26,11 +26,16 @@ JOINT = "lenet300-mnist"
 """The network that the programs over the network are solved for."""
 FURTHER_SEEDS = (2, 3)
 """Seeds from which that network is trained again; the shipped one has seed 1."""
-DECOUPLED_SECONDS = 1800
-"""Time limit of a decoupled program: more than any needs, so that other work on the machine changes no gap."""
+ENOUGH_SECONDS = 1800
+"""Time limit of the programs that close: more than any needs, so that other work on the machine changes no gap."""
 PROGRAMS: dict[str, dict[str, Any]] = {
-    "decoupled": {"time_limit": DECOUPLED_SECONDS},
-    "paper": {"mode": "joint", "formulation": "paper", "threshold": THRESHOLD},
+    "decoupled": {"time_limit": ENOUGH_SECONDS},
+    "paper": {
+        "mode": "joint",
+        "formulation": "paper",
+        "threshold": THRESHOLD,
+        "time_limit": ENOUGH_SECONDS,
+    },
     "exact": {"mode": "joint", "formulation": "exact", "threshold": THRESHOLD, "time_limit": 120},
     "exact, ten minutes": {
         "mode": "joint",
