@@ -45,16 +45,53 @@ def test_kind_of_an_input(declared: str, shape: tuple[int, ...], kind: str, tmp_
     [((6, 3, 20, 24), 0.5), ((6, 20, 24, 3), 0.5), ((6, 3, 96, 100), 1.0)],
     ids=["nchw", "nhwc", "large"],
 )
-def test_images_change_within_their_range(shape: tuple[int, ...], changed_share: float) -> None:
+@pytest.mark.parametrize("mix", [augmentation.blended, augmentation.pieced])
+def test_images_change_within_their_range(
+    shape: tuple[int, ...], changed_share: float, mix: augmentation.Mix
+) -> None:
     batch = np.random.default_rng(0).uniform(-2, 3, shape).astype(np.float32)
-    changed = augmentation.images(batch, np.random.default_rng(1))
-    again = augmentation.images(batch, np.random.default_rng(1))
+    changed = augmentation.images(batch, np.random.default_rng(1), mix)
+    again = augmentation.images(batch, np.random.default_rng(1), mix)
     assert changed.shape == shape
     assert changed.dtype == np.float32
     assert batch.min() <= changed.min() < changed.max() <= batch.max()
     moved = [np.abs(a - b).max() > 0.1 for a, b in zip(changed, batch, strict=True)]
     assert np.mean(moved) == changed_share
     assert np.array_equal(changed, again)
+
+
+def test_pieced_images_are_parts_of_four_that_meet_near_the_centre() -> None:
+    values = np.arange(1.0, 9.0, dtype=np.float32)
+    batch = np.broadcast_to(values[:, None, None, None], (8, 3, 20, 30))
+    found = augmentation.pieced(batch, np.random.default_rng(0))
+    assert found.shape == batch.shape
+    assert (found == found[:, :1, :, :]).all()
+    corners = [found[:, 0, y, x] for y in (0, -1) for x in (0, -1)]
+    assert all(sorted(corner) == list(values) for corner in corners)
+    for image in found[:, 0]:
+        top = 1 + np.flatnonzero((image[1:] != image[:-1]).any(axis=1))
+        left = 1 + np.flatnonzero((image[:, 1:] != image[:, :-1]).any(axis=0))
+        assert len(top) <= 1
+        assert len(left) <= 1
+        assert all(0.3 * 20 <= place <= 0.7 * 20 + 1 for place in top)
+        assert all(0.3 * 30 <= place <= 0.7 * 30 + 1 for place in left)
+
+
+def test_refit_takes_pieced_images_and_training_blended_ones(tmp_path: Path) -> None:
+    loaded = model(tmp_path, "float[N, 3, 96, 96] x")
+    values = np.array([0.0, 1.0, 2.0, 4.0, 8.0, 16.0], np.float32)
+    noise = np.random.default_rng(0).uniform(0, 1e-3, (6, 3, 96, 96)).astype(np.float32)
+    feed = {"x": values[:, None, None, None] + noise}
+
+    def steps(change: augmentation.Augment | None) -> list[float]:
+        assert change is not None
+        images = change(feed, np.random.default_rng(1))["x"]
+        return [float(np.abs(np.diff(image, axis=-1)).max()) for image in images]
+
+    assert max(steps(augmentation.choose("auto", loaded, feed).function)) < 0.1
+    assert (
+        np.mean([step > 0.5 for step in steps(augmentation.for_refit("auto", loaded, feed))]) > 0.5
+    )
 
 
 def test_crop_resamples_a_ramp_linearly() -> None:
