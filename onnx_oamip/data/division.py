@@ -1,4 +1,4 @@
-"""Division of samples by their groups: which are held out, and an order in which groups stay together.
+"""Choice of the groups of samples that are held out.
 
 Windows of one recording, or crops of one photograph, are alike: a model that was fitted to some of them answers the
 others too well for a test. Where the data name what each sample is a part of, no group is on both sides.
@@ -45,20 +45,6 @@ def held_out_groups(groups: Array, wanted: int, seed: int, classes: Ints | None)
         return chosen
 
     return draw() if classes is None else _most_even(draw, classes, wanted / len(groups))
-
-
-def together(groups: Array) -> Ints:
-    """Order samples so that those of a group follow each other.
-
-    Args:
-        groups: Group of every sample.
-
-    Returns:
-        Indices of the samples: groups by their first sample, and the samples of each in their order.
-    """
-    _, first, members = np.unique(groups, return_index=True, return_inverse=True)
-    order: Ints = np.argsort(first[members.reshape(-1)], kind="stable")
-    return order
 
 
 def _whole(sizes: Ints, wanted: int, rng: np.random.Generator) -> Bools:

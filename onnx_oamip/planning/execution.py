@@ -17,7 +17,7 @@ from onnx_oamip.core.records import (
     Trial,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data import augmentation, division
+from onnx_oamip.data import augmentation
 from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
@@ -37,6 +37,8 @@ from onnx_oamip.statistics.requests import MOMENTS
 REFIT, EQUAL_ROWS, AUGMENTED, WITHOUT = "refit", "refit_of_equal_rows", "refit_with_copies", "none"
 """Names of what is compared by loss: the refit, one that does not count rare decisions more, one with augmented copies
 of the samples, and no refit."""
+LENIENCE = 1.25
+"""Loss of a refit with copies, relative to that of one without, up to which it is kept if samples have no groups."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,11 @@ def _rescaled(ready: Context, chosen: Plan, proto: onnx.ModelProto) -> onnx.Mode
 class _LeastSquares:
     """Least-squares refits of one cut model.
 
-    They are compared on calibration samples that none of them used. The best is then made again on all samples from the
-    first node on that is short of them; the nodes in front of it have enough rows, and are refitted once.
+    They are compared on calibration samples that none of them used. These may be akin to others that were used, as
+    crops of one photograph, and favour a refit without copies, which fits closer to what it knows. Unless the data say
+    by their groups what belongs together, one with copies is therefore kept up to ``LENIENCE``. The best is then made
+    again on all samples from the first node on that is short of them; the nodes in front of it have enough rows, and
+    are refitted once.
 
     Attributes:
         ready: The model and its samples.
@@ -202,7 +207,8 @@ class _LeastSquares:
         refits = {REFIT: self.first[REFIT], **others, WITHOUT: self.first[WITHOUT]}
         measured = {**self.first_losses, **_losses(self.ready, self.chosen, others)}
         losses = {name: measured[name] for name in refits}
-        name, best = _least_loss(refits, losses, unused="that it did not use ")
+        lenience = {AUGMENTED: LENIENCE} if self.ready.samples.groups is None else {}
+        name, best = _least_loss(refits, losses, unused="that it did not use ", lenience=lenience)
         samples = self.ready.samples
         if name == WITHOUT or not self._short or self._fitted.count == samples.count:
             return best
@@ -281,10 +287,7 @@ class _LeastSquares:
         return self._fronts[is_weighted]
 
     def _sampling(self, samples: Samples, objective: Objective | None) -> least_squares.Sampling:
-        """Samples of a refit. The last rows choose the ridge: where samples have groups, they are of their own ones."""
         ready = self.ready
-        if samples.groups is not None:
-            samples = samples.take(division.together(samples.groups))
         return least_squares.Sampling(
             samples=samples,
             device=ready.device,
@@ -311,7 +314,11 @@ def _losses(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> dict[
 
 
 def _least_loss(
-    refits: Mapping[str, Pruned], losses: Mapping[str, float], *, unused: str
+    refits: Mapping[str, Pruned],
+    losses: Mapping[str, float],
+    *,
+    unused: str,
+    lenience: Mapping[str, float] | None = None,
 ) -> tuple[str, Pruned]:
     """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
 
@@ -321,11 +328,13 @@ def _least_loss(
         refits: The refits by name.
         losses: Their losses.
         unused: Clause of the note about the samples of the comparison.
+        lenience: Divisors of some of the losses, where these are compared.
 
     Returns:
         Its name, the first of equal ones, and the model with the losses of all.
     """
-    best = min(refits, key=lambda name: losses[name])
+    lenience = lenience or {}
+    best = min(refits, key=lambda name: losses[name] / lenience.get(name, 1.0))
     notes = refits[best].notes
     if best == WITHOUT:
         note = (

@@ -14,7 +14,7 @@ from graphs import build, load
 
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model, Reading
-from onnx_oamip.data import dataset, division
+from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import EVALUATION, Samples, evenly, hold_out, shuffle
 from onnx_oamip.graph import loading as models
 
@@ -730,11 +730,6 @@ def test_groups_are_held_out_as_a_whole(vector: Model, seed: int, kind: type) ->
     again = hold_out(shuffle(samples, 1), seed)[1]
     assert again.origin is not None
     np.testing.assert_array_equal(np.sort(again.origin), held.origin)
-
-
-def test_groups_are_put_together_in_the_order_of_their_first_samples() -> None:
-    names = np.asarray(["b", "a", "b", "c", "a", "b"])
-    assert division.together(names).tolist() == [0, 2, 5, 1, 4, 3]
 
 
 def test_one_large_group_is_not_held_out(vector: Model) -> None:
