@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import SolverError
-from onnx_oamip.core.records import Floats
+from onnx_oamip.core.records import Floats, Ints
 from onnx_oamip.importance.oamip.formulation import Formulation
 from onnx_oamip.programs import (
     ACCEPTED,
@@ -326,7 +326,8 @@ class _Search:
     def descend(self, priority: Floats, seconds: float | None) -> None:
         """Improve the incumbent by removing or taking back units, many at once at first.
 
-        Units of low ``priority`` (keep variables,) are removed first. Every try costs one evaluation of the network.
+        Units of low ``priority`` (keep variables,) are removed first, from all layers in proportion. Every try costs
+        one evaluation of the network.
         """
         best = self.separation.best
         if best.values is None or not self.binary_keep:
@@ -335,7 +336,7 @@ class _Search:
             deadline = None
         else:
             deadline = time.perf_counter() + seconds
-        order = np.argsort(priority, kind="stable")
+        order = self._by_layer(priority)
         current = np.round(best.values[self.keep])
         size = max(len(self.keep) // 4, 1)
         while size:
@@ -355,6 +356,19 @@ class _Search:
                         improved = True
             if not improved:
                 size //= 2
+
+    def _by_layer(self, priority: Floats) -> Ints:
+        """Keep variables in the order of their removal.
+
+        The sparsity term leaves out the layer that is cut most, so that cutting it alone gains nothing: consecutive
+        units are of all layers, in proportion to their sizes.
+        """
+        rank_share = np.argsort(np.argsort(priority, kind="stable")) / len(priority)
+        for positions, _ in self.formulation.sparsity.layers:
+            rank = np.argsort(np.argsort(priority[positions], kind="stable"))
+            rank_share[positions] = rank / len(positions)
+        result: Ints = np.argsort(rank_share, kind="stable")
+        return result
 
     def _improves(self, keep: Floats) -> bool:
         """Offer keep variables; true if they lower the objective by more than the absolute gap."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import objectives
@@ -28,6 +29,7 @@ from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.select import unit_costs
 from onnx_oamip.importance.oamip.solve import Outcome
+from onnx_oamip.programs.loss import ScoredLayer, Sparsity
 from onnx_oamip.programs.solvers import SolverLimits
 
 SOLVERS = ("highs", "gurobi")
@@ -184,6 +186,17 @@ def test_exact_optimum_within_a_budget_equals_enumeration(
     _, outcome = _optimise(case, Form("exact", 1.0, budget=budget), solver)
     _agrees(outcome, best, 1e-4)
     assert cost @ np.round(outcome.keep) <= budget * cost.sum() + 1e-6
+
+
+def test_descent_removes_units_of_all_layers_in_proportion() -> None:
+    """The sparsity term leaves out the layer that is cut most: only cuts of all layers lower it."""
+    layers = (ScoredLayer(np.arange(6), 6.0), ScoredLayer(np.array([6, 7]), 2.0))
+    search = solve._Search.__new__(solve._Search)
+    search.formulation = SimpleNamespace(sparsity=Sparsity(layers))
+    priority = np.array([0.3, 0.1, 0.2, 0.5, 0.4, 0.6, 0.9, 0.8])
+    order = search._by_layer(priority)
+    assert sorted(order[:4]) == [0, 1, 2, 7]
+    assert [unit for unit in order if unit < 6] == [1, 2, 0, 4, 3, 5]
 
 
 def test_tightened_bounds_change_no_optimum(case: Case) -> None:
