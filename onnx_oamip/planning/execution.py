@@ -207,8 +207,10 @@ class _LeastSquares:
         refits = {REFIT: self.first[REFIT], **others, WITHOUT: self.first[WITHOUT]}
         measured = {**self.first_losses, **_losses(self.ready, self.chosen, others)}
         losses = {name: measured[name] for name in refits}
-        lenience = {AUGMENTED: LENIENCE} if self.ready.samples.groups is None else {}
-        name, best = _least_loss(refits, losses, unused="that it did not use ", lenience=lenience)
+        is_lenient = AUGMENTED in others and self.ready.samples.groups is None
+        if is_lenient and losses[AUGMENTED] <= LENIENCE * losses[REFIT]:
+            del refits[REFIT]
+        name, best = _least_loss(refits, losses, unused="that it did not use ")
         samples = self.ready.samples
         if name == WITHOUT or not self._short or self._fitted.count == samples.count:
             return best
@@ -314,11 +316,7 @@ def _losses(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> dict[
 
 
 def _least_loss(
-    refits: Mapping[str, Pruned],
-    losses: Mapping[str, float],
-    *,
-    unused: str,
-    lenience: Mapping[str, float] | None = None,
+    refits: Mapping[str, Pruned], losses: Mapping[str, float], *, unused: str
 ) -> tuple[str, Pruned]:
     """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
 
@@ -328,13 +326,11 @@ def _least_loss(
         refits: The refits by name.
         losses: Their losses.
         unused: Clause of the note about the samples of the comparison.
-        lenience: Divisors of some of the losses, where these are compared.
 
     Returns:
         Its name, the first of equal ones, and the model with the losses of all.
     """
-    lenience = lenience or {}
-    best = min(refits, key=lambda name: losses[name] / lenience.get(name, 1.0))
+    best = min(refits, key=lambda name: losses[name])
     notes = refits[best].notes
     if best == WITHOUT:
         note = (

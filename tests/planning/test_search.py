@@ -784,7 +784,7 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
     names = ("refit", "refit_with_copies", "none")
 
     def rows(*lost: float, groups: Array | None = None) -> int:
-        """Most rows of a fit of the model that is kept, for given losses of the three."""
+        """Most rows of a fit of the model that is kept, for given losses of the three; 0 without a fit."""
         by_name = dict(zip(names, lost, strict=True))
 
         def losses(_: object, protos: Sequence[ModelProto]) -> list[float]:
@@ -795,12 +795,13 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
         monkeypatch.setattr(calibration_loss, "losses", losses)
         found = search.search(replace(ready, samples=replace(ready.samples, groups=groups)))
         assert found.pruned.losses == by_name
-        return max(fit.rows for fit in found.pruned.fits)
+        return max((fit.rows for fit in found.pruned.fits), default=0)
 
     plain, copied = rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5)
     assert plain < copied
     assert rows(0.1, 0.124, 0.5) == copied
     assert rows(0.1, 0.126, 0.5) == plain
+    assert rows(0.1, 0.124, 0.11) == 0
     monkeypatch.setattr(least_squares, "rest", None)
     assert (plain, copied) == (rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5))
     monkeypatch.undo()
