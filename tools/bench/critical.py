@@ -3,11 +3,13 @@
 The default finds them with decoupled scores, one program over all groups, and held-out samples. The published program
 and the exact one, over ten images, decide by their keep variables at the published threshold 0.1; only LeNet-300-100 is
 small enough for them. With ``--mnist DIR`` (and torch), LeNet-300-100 is trained from further seeds, into the folder of
-the results. Rows are saved as they are found, and a stopped study continues after the last one.
+the results. A row states whether the run warned, on stderr, of the points that the pruned model loses. Rows are saved
+as they are found, and a stopped study continues after the last one.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -54,6 +56,7 @@ COLUMNS = (
     "accuracy",
     "lost without refit",
     "lost with refit",
+    "warned",
     "lambda",
     "loss bound",
     "gap",
@@ -63,6 +66,8 @@ COLUMNS = (
 CLOCKED = ("seconds", "processor s", "gap")
 UNFINISHED = "critical-unfinished"
 """Name of the file of a study that was stopped."""
+LOSS = "the pruned model loses"
+"""Text of the warning about points lost."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ def _trained(out: Path, seed: int, mnist: Path) -> Path:
 def _row(network: Network, program: str, seed: int) -> Row:
     settings = Settings.create(importance="oamip", seed=seed, **PROGRAMS[program])
     began, used = time.perf_counter(), time.process_time()
-    with known_step():
+    warnings = _Warnings()
+    with known_step(), warnings:
         report = pipeline.prune(network.model, network.data, None, settings)
     found = report.verification
     assert found.accuracy_before is not None
@@ -146,7 +152,7 @@ def _row(network: Network, program: str, seed: int) -> Row:
     chosen = plan.programs[-1]
     # The gap of the program that decides: over widths for decoupled scores, over the network for the others.
     gap = chosen["gap"] if program == "decoupled" else report.scores.programs[0]["gap"]
-    row = {
+    return {
         "model": network.title,
         "program": program,
         "units": len(plan.keep),
@@ -154,14 +160,41 @@ def _row(network: Network, program: str, seed: int) -> Row:
         "accuracy": round(100 * found.accuracy_before, 2),
         "lost without refit": _lost(found.outputs_before_refit or found.outputs),
         "lost with refit": _lost(found.outputs),
+        "warned": "yes" if any(LOSS in text for text in warnings.texts) else "no",
         "lambda": f"{chosen['lambda']:.3g}" if "lambda" in chosen else None,
         "loss bound": f"{chosen['max_loss']:.3g}" if "max_loss" in chosen else None,
         "gap": f"{gap:.1%}",
         "seconds": round(time.perf_counter() - began, 1),
         "processor s": round(time.process_time() - used, 1),
     }
-    print(row, flush=True)
-    return row
+
+
+class _Warnings(logging.Handler):
+    """Warnings that the package logs within a ``with`` block; the command writes them to stderr.
+
+    Attributes:
+        texts: Messages so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self._logger = logging.getLogger("onnx_oamip")
+
+    def __enter__(self) -> _Warnings:
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message of a warning.
+
+        Args:
+            record: The warning.
+        """
+        self.texts.append(record.getMessage())
 
 
 def _lost(measures: tuple[Measure, ...]) -> float:

@@ -34,8 +34,8 @@ FIGURES: Mapping[str, Drawn] = {
     "programs": Drawn(
         programs_figure.draw,
         (
-            "Size, seconds and objective of the published program, a line for each formulation and solver: ours is "
-            "tens of times smaller and faster than the form in CVXPY."
+            "Size, processor seconds and objective of the published program, a line for each formulation and solver: "
+            "ours is tens of times smaller and faster than the form in CVXPY."
         ),
         (
             "Each line is a program and a solver. The gap is that of the objective to the bound that the solver "

@@ -1,9 +1,10 @@
-"""Seconds to score LeNet-300-100 by the published program: ours against the same program as it was published.
+"""Processor seconds to score LeNet-300-100 by the published program: ours against the program as it was published.
 
 The peer is the published form written in CVXPY, as its authors do, and solved by Clarabel (their solver is
 commercial): a variable for every layer's input, the image too, four rows a ReLU, exponential cones for the loss, ReLU
 binaries relaxed as in all their runs. It is run at its own tolerances and at the 1 % that ours is asked for. Ours
-solves the same program with binaries, from the same images.
+solves the same program with binaries, from the same images. Processor seconds count all threads, and other work on the
+machine hardly changes them; the ratio is of them. The decoupled programs have a study of their own, ``gaps``.
 """
 
 from __future__ import annotations
@@ -31,12 +32,23 @@ NAME = "lenet300-mnist"
 WEIGHT = 5.0
 GAP = 0.01
 LAYERS = (("fc1.weight", "fc1.bias"), ("fc2.weight", "fc2.bias"), ("fc3.weight", "fc3.bias"))
-COLUMNS = ("program", "solver", "gap asked", "seconds", "ratio", "objective", "variables", "rows")
-CLOCKED = ("seconds", "ratio")
+COLUMNS = (
+    "program",
+    "solver",
+    "gap asked",
+    "processor s",
+    "ratio",
+    "seconds",
+    "objective",
+    "gap",
+    "variables",
+    "rows",
+)
+CLOCKED = ("processor s", "ratio", "seconds")
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
-    """A row a solver; seconds include building the program, and are the best of three for ours."""
+    """A row per solver; times include building the program, and are the best of three for ours."""
     if names and NAME not in names:
         return ""
     path, source = paths(NAME)
@@ -50,26 +62,29 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     assert held is not None
     rows = [_ours(model, coupling, held, solver, seed) for solver in ("highs", "gurobi")]
     rows += [_published(model, held, gap) for gap in (GAP, None)]
-    fastest = min(r["seconds"] for r in rows[:2])
+    fastest = min(row["processor s"] for row in rows[:2])
     for row in rows:
-        row["ratio"] = round(row["seconds"] / fastest, 1)
+        row["ratio"] = round(row["processor s"] / fastest, 1)
         print(row, flush=True)
     return save(out, "programs", rows, COLUMNS, seed, CLOCKED)
 
 
 def _ours(model: Model, coupling: Coupling, held: Images, solver: str, seed: int) -> Row:
-    best = np.inf
+    processor, wall = [], []
     for _ in range(3):
-        start = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         formulation = formulate(model, coupling, held, Form("paper", WEIGHT))
         outcome = solve.optimise(formulation, SolverLimits(time_s=600, gap=GAP, seed=seed), solver)
-        best = min(best, time.perf_counter() - start)
+        processor.append(time.process_time() - used)
+        wall.append(time.perf_counter() - began)
     return {
         "program": "onnx-oamip, joint, paper",
         "solver": solver,
         "gap asked": GAP,
-        "seconds": round(best, 2),
+        "processor s": round(min(processor), 2),
+        "seconds": round(min(wall), 2),
         "objective": f"{outcome.objective:.4f}",
+        "gap": f"{outcome.record['gap']:.2%}",
         "bound": f"{outcome.bound:.4f}",
         "variables": outcome.record["variables"],
         "rows": outcome.record["rows"],
@@ -80,7 +95,7 @@ def _published(model: Model, held: Images, gap: float | None) -> Row:
     """The program of the paper's code: R1 to R4 for every ReLU, bounds of the unpruned network."""
     import cvxpy as cp
 
-    start = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     name = model.inputs[0].name
     x = np.concatenate([f[name] for f in held.feeds]).astype(np.float64)
     x = x.reshape(len(x), -1)
@@ -129,7 +144,8 @@ def _published(model: Model, held: Images, gap: float | None) -> Row:
         "program": "published form in CVXPY, relaxed",
         "solver": "clarabel",
         "gap asked": gap,
-        "seconds": round(time.perf_counter() - start, 2),
+        "processor s": round(time.process_time() - used, 2),
+        "seconds": round(time.perf_counter() - began, 2),
         "objective": f"{float(problem.value):.4f}",
         "status": problem.status,
         "variables": sum(v.size for v in problem.variables()),

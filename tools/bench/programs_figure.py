@@ -1,4 +1,4 @@
-"""The published program by formulation and solver: its size, the seconds it takes, its objective and proven bound."""
+"""Figure of the published program by formulation and solver: size, processor seconds, objective and proven bound."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from .studies import Row
 
 NAMES = {"highs": "HiGHS", "gurobi": "Gurobi", "clarabel": "Clarabel"}
 SIZE = ("variables", "rows")
+TIME = "processor s"
 BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
 
 
 def draw(rows: Sequence[Row], target: Path) -> None:
     """Draw rows of the study ``programs``, one line each."""
-    counts, seconds = (
-        [float(r[c]) for r in rows for c in columns] for columns in (SIZE, ("seconds",))
-    )
+    counts, seconds = ([float(r[c]) for r in rows for c in columns] for columns in (SIZE, (TIME,)))
     ends = [float(r[c]) for r in rows for c in ("objective", "bound") if c in r]
     with sheet(rows, target, 10.5, 0.55 * len(rows) + 1.3) as figure:
         size, time, value = figure.subplots(1, 3, width_ratios=(1.3, 1, 1.2))
@@ -32,10 +31,10 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         for place, row in enumerate(rows):
             colour = INK if "bound" in row else ORANGE
             _size(size, row, place, colour)
-            time.plot(row["seconds"], place, "o", color=colour, ms=5)
+            time.plot(row[TIME], place, "o", color=colour, ms=5)
             time.annotate(
-                f"{row['seconds']:g} s",
-                (row["seconds"], place),
+                f"{row[TIME]:g} s",
+                (row[TIME], place),
                 (0, 9),
                 **BESIDE,
                 ha="center",
@@ -46,7 +45,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         value.plot([], [], "|", color=QUIET, ms=11, mew=1.6, label="its proven bound")
         for axes, title in (
             (size, "size"),
-            (time, "seconds, building included"),
+            (time, "processor seconds, building included"),
             (value, "objective, to be small"),
         ):
             axes.set(title=title, ylim=(len(rows) - 0.5, -0.7))

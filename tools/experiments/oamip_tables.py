@@ -138,10 +138,10 @@ class Run:
         return found
 
     def auxiliary(self) -> Records:
-        """The VGG whose convolutions are trained and scored with heads of their own, of the first seed."""
+        """The VGG whose convolutions are trained and scored with heads of their own."""
         data, epochs = self.sets[auxiliary.DATA], self.protocol.epochs
         found = {}
-        for seed in self.protocol.seeds[:1]:
+        for seed in self.protocol.seeds:
             files = auxiliary.Files.of(self.work, seed, epochs)
 
             def make(seed: int = seed, files: auxiliary.Files = files) -> Record:
