@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from graphs import MLP, build, load, samples
 
-from onnx_oamip.api import prepare
+from onnx_oamip.api import pipeline, prepare
 from onnx_oamip.core.errors import EnvironmentMissing
 from onnx_oamip.core.records import Moments
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.importance.oamip import decoupled
 from onnx_oamip.planning import allocation, search
 from onnx_oamip.verification.latency import DEFAULT_STEP
 from tools.bench import (
@@ -28,6 +30,7 @@ from tools.bench import (
     determinism,
     driver,
     effort,
+    gaps,
     latency,
     latency_figure,
     mechanisms,
@@ -614,6 +617,34 @@ def test_study_of_critical_units_goes_on_where_it_was_stopped(
     keys = [(r["model"], r["program"]) for r in record["rows"]]
     assert keys == [*first, *made]
     assert text.count("\n| ") == 5
+
+
+def test_warnings_are_kept_within_the_block_only() -> None:
+    log = logging.getLogger("onnx_oamip")
+    with critical._Warnings() as warnings:
+        log.warning("%s by %d points", critical.LOSS, 3)
+        log.info("nothing")
+    log.warning("later")
+    assert warnings.texts == [f"{critical.LOSS} by 3 points"]
+
+
+def test_gaps_of_single_groups_are_those_of_the_whole_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoupled, "FLOPS_PER_GROUP", 1e8)
+    name = "lenet5-mnist"
+    gaps.run(tmp_path, 0, (name,))
+    rows = json.loads((tmp_path / "gaps.json").read_text())["rows"]
+    settings = Settings.create(
+        importance="oamip", mode="decoupled", refit="least-squares", cache="off"
+    )
+    model, data = studies.paths(name)
+    found = pipeline.score(model, str(data), str(tmp_path / "scores.npz"), settings)
+    assert [(row["group"], row["loss"], row["gap"]) for row in rows] == [
+        (record["group"], f"{record['objective']:.4f}", f"{record['gap']:.1%}")
+        for record in found.scores.programs
+    ]
+    assert [row["units"] for row in rows] == [20, 50, 500]
 
 
 # --------------------------------------------------------------------------------------------------------- determinism

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from tools.experiments import auxiliary, page
+from tools.experiments import auxiliary, oamip_tables, page
 from tools.experiments.data import Missing
-from tools.experiments.protocol import AUXILIARY, QUICK
+from tools.experiments.protocol import AUXILIARY, QUICK, Protocol
 
 
 def _two_convolutions(path: Path) -> None:
@@ -79,6 +79,31 @@ def test_tables_of_the_vgg_count_units_below_the_threshold() -> None:
     assert "1 of 4 channels of convolutions and 3 of 4 dense units" in text
     assert "| conv6, fc7 | 4 | 90 | 3, 1 |" in text
     assert "+1.50 points against random" in text
+
+
+def test_vgg_is_scored_for_every_seed_and_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def train(files: auxiliary.Files, data: object, seed: int, epochs: int) -> None:
+        trained.append((seed, epochs))
+
+    def run(files: auxiliary.Files, data: object, seed: int, protocol: Protocol) -> dict[str, Any]:
+        return {"whole": files.whole.name, "seed": seed}
+
+    monkeypatch.setattr(auxiliary, "train", train)
+    monkeypatch.setattr(auxiliary, "run", run)
+    protocol = replace(QUICK, seeds=(0, 1, 2))
+    (tmp_path / auxiliary.Files.of(tmp_path, 1, QUICK.epochs).whole.name).touch()
+    sets: dict[str, Any] = {auxiliary.DATA: None}
+    found = oamip_tables.Run(protocol, sets, tmp_path).auxiliary()
+    again = oamip_tables.Run(protocol, sets, tmp_path).auxiliary()
+    assert trained == [(0, 1), (2, 1)]
+    assert {name: record["seed"] for name, record in found.items()} == {
+        f"vgg-fashion-seed{seed}": seed for seed in protocol.seeds
+    }
+    assert again == found
 
 
 def test_records_of_an_earlier_run_are_read_for_the_same_protocol_only(tmp_path: Path) -> None:

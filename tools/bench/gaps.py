@@ -3,27 +3,27 @@
 A row per group: the sum of its programs' losses, the gap relative to that sum, and the same in percent of the energy of
 the consumers' outputs, for the mean program. Losses of wide sets are small, so that a gap that is wide relative to the
 loss is often narrow in the energy that the units explain. The last group is 2,000 random features of the images, read
-by ten random outputs. Each group is scored by a run of its own, with all other groups excluded, so that processor
-seconds are those of one group, its samples included. Rows are saved as they are found, and a stopped study continues
-after the last network.
+by ten random outputs. Groups are scored one after the other, so that processor seconds are those of one group, from
+second moments that are there. Rows are saved as they are found, and a stopped study continues after the last network.
 """
 
 from __future__ import annotations
 
-import glob
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import prepare
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance import find
+from onnx_oamip.importance.oamip import decoupled
+from onnx_oamip.statistics.collector import collect
 
 from .studies import Resumable, Row, paths
 
@@ -57,39 +57,39 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
 
 
 def _rows(name: str, seed: int) -> Iterator[Row]:
+    settings = Settings.create(
+        importance="oamip",
+        mode="decoupled",
+        refit="least-squares",
+        workers=1,
+        seed=seed,
+        time_limit=TIME_LIMIT,
+        cache="off",
+    )
     with tempfile.TemporaryDirectory() as folder:
         model, data = paths("lenet300-mnist" if name == WIDE else name)
         if name == WIDE:
             model = _wide(Path(folder) / "wide.onnx", seed)
-        groups = {group.name: len(group.units) for group in couple(models.load(model)).groups}
-        for group, units in groups.items():
-            others = tuple(glob.escape(other) for other in groups if other != group)
-            settings = Settings.create(
-                importance="oamip",
-                mode="decoupled",
-                refit="least-squares",
-                workers=1,
-                seed=seed,
-                time_limit=TIME_LIMIT,
-                cache="off",
-                exclude=others,
-            )
-            used = time.process_time()
-            found = pipeline.score(model, str(data), str(Path(folder) / "scores.npz"), settings)
-            seconds = time.process_time() - used
-            (record,) = found.scores.programs
-            unproved = (record["objective"] - record["bound"]) / record["programs"]
-            yield {
-                "model": name,
-                "group": group,
-                "units": units,
-                "programs": record["programs"],
-                "loss": f"{record['objective']:.4f}",
-                "gap": f"{record['gap']:.1%}",
-                "unproved energy": f"{unproved:.2%}",
-                "solver": record["solver"],
-                "processor s": round(seconds, 1),
-            }
+        context = prepare.open_context(model, str(data), settings)
+    statistics = collect(context, find(settings.importance).requests(settings))
+    for group in context.coupling.groups:
+        coupling = replace(context.coupling, groups=(group,))
+        used = time.process_time()
+        scores = decoupled.score(context.model, coupling, statistics, settings)
+        seconds = time.process_time() - used
+        (record,) = scores.programs
+        unproved = (record["objective"] - record["bound"]) / record["programs"]
+        yield {
+            "model": name,
+            "group": group.name,
+            "units": len(group.units),
+            "programs": record["programs"],
+            "loss": f"{record['objective']:.4f}",
+            "gap": f"{record['gap']:.1%}",
+            "unproved energy": f"{unproved:.2%}",
+            "solver": record["solver"],
+            "processor s": round(seconds, 1),
+        }
 
 
 def _wide(target: Path, seed: int) -> Path:

@@ -92,8 +92,7 @@ TEXT = {
         (
             "With a least-squares refit: the loss is the sum over nine programs of the relative squared error of the "
             "consumers' outputs, and the gap is relative to it. Unproved energy: what is not proved of the outputs' "
-            "energy that the kept units of a program explain, in the mean. Processor seconds include the calibration "
-            "samples."
+            "energy that the kept units of a program explain, in the mean."
         ),
     ),
     "critical": (
