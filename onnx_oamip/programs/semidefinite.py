@@ -10,12 +10,17 @@ the addition of a set is at least ``(2 c - d)'p + p'(diag(d) - Q) p`` with ``c_j
 each of its tangent planes is a bound. Y and d come from an approximate optimum of the relaxation, and d is scaled until
 the condition holds: the bound does not depend on how well the optimum was found.
 
+The entries of P are products of two binary variables. So ``0 <= P_ij``, ``p_i + p_j - 1 <= P_ij`` and ``P_ij <= p_i``
+hold for sets, but not for every P of the relaxation. A quadratic penalty on their violations tightens it; its
+derivatives are multipliers of these inequalities, and the dual bound holds with any multipliers that are not negative.
+
 The optimum is approached by a quasi-Newton method on ``P - pp' = W R W``, W the root of ``p (1 - p)`` and R a matrix of
 correlations, with a barrier: its gradient makes ``diag(d) - Q`` definite. Several consumers add up, and a unit may have
 several columns.
 
 Sources: Burer and Monteiro, "A nonlinear programming algorithm for solving semidefinite programs via low-rank
-factorization", Mathematical Programming 95, 2003; Poljak, Rendl and Wolkowicz, "A recipe for semidefinite relaxation
+factorization", Mathematical Programming 95, 2003; McCormick, "Computability of global solutions to factorable nonconvex
+programs: Part I", Mathematical Programming 10, 1976; Poljak, Rendl and Wolkowicz, "A recipe for semidefinite relaxation
 for (0,1)-quadratic programming", Journal of Global Optimization 7, 1995.
 """
 
@@ -41,6 +46,9 @@ FIRST_STEPS = 25
 """Steps of the first search, for each barrier."""
 NEXT_STEPS = 25
 """Steps of the other search."""
+PAIR_PENALTY = 3.0
+"""Weight of squared violations of the inequalities of pairs, as a share of the loss per unit. Larger ones hold P closer
+to the inequalities, but the same steps then end further from the optimum."""
 MIN_LOSS = 1e-30
 """Replaces a loss of 0 in the barrier."""
 STEP_OVERHEAD = 2e6
@@ -208,14 +216,15 @@ class Lifted(Relaxation):
             correlation = np.eye(len(units))
         point = _Point.at(removed, correlation, removals)
         evaluations = 0
-        barrier = 0.0
+        barrier = weight = 0.0
         steps = int(min(most, max(1, flops / (self.flops * len(barriers)))))
         for share in barriers:
             loss = max(self.loss + self._cost(point).value, MIN_LOSS)
             barrier = share * loss / len(units)
-            point, used = self._descend(point, barrier, steps)
+            weight = PAIR_PENALTY * loss / len(units)
+            point, used = self._descend(point, barrier, weight, steps)
             evaluations += used + 1
-        return self._dual(units, point, barrier, evaluations)
+        return self._dual(units, point, barrier, weight, evaluations)
 
     def _cost(self, point: _Point) -> _Cost:
         """Evaluate ``tr(V_p (P o H)^-1 V_p')``; infinite without a Cholesky factor."""
@@ -240,8 +249,14 @@ class Lifted(Relaxation):
             worth += energy.reshape(n, width).sum(axis=1) / point.removed
         return _Cost(value, dual, worth)
 
-    def _descend(self, start: _Point, barrier: float, steps: int) -> tuple[_Point, int]:
-        """Minimise the cost with a barrier; returns the point and the number of evaluations."""
+    def _descend(
+        self,
+        start: _Point,
+        barrier: float,
+        weight: float,
+        steps: int,
+    ) -> tuple[_Point, int]:
+        """Minimise the cost with a barrier and the penalty; returns the point and the number of evaluations."""
         n, removals = len(start.removed), start.removals
 
         def evaluate(values: Floats) -> tuple[float, Floats]:
@@ -258,6 +273,12 @@ class Lifted(Relaxation):
             by_removed += ((cost.dual * point.correlation) @ kept_root) / kept_root
             by_removed -= barrier * (1 / p - 1 / (1 - p))
             by_correlation = -cost.dual * np.outer(kept_root, kept_root) - barrier * inverse
+            pairs = _Pairs.at(point, weight)
+            rest = root * kept_root
+            value += pairs.penalty
+            by_removed += pairs.by_removed + 2 * (pairs.by_product @ p)
+            by_removed += ((pairs.by_product * point.correlation) @ rest) * (1 - 2 * p) / rest
+            by_correlation += pairs.by_product * np.outer(rest, rest)
             return value, point.gradient(by_removed, by_correlation)
 
         scale = 1.0
@@ -288,6 +309,7 @@ class Lifted(Relaxation):
         units: Ints,
         point: _Point,
         barrier: float,
+        weight: float,
         evaluations: int,
     ) -> Plane:
         """Make the tangent plane of the dual bound at a point."""
@@ -295,16 +317,17 @@ class Lifted(Relaxation):
         p = point.removed
         root = np.sqrt(p)
         spread = p * (1 - p)
-        matrix = cost.dual / np.outer(root, root)
+        pairs = _Pairs.at(point, weight)
+        matrix = cost.dual / np.outer(root, root) - pairs.by_product
         rest = np.sqrt(spread)
-        pairs = matrix * point.correlation * np.outer(rest, rest)
-        diagonal = (pairs.sum(axis=1) + barrier) / spread
+        shares = matrix * point.correlation * np.outer(rest, rest)
+        diagonal = (shares.sum(axis=1) + barrier) / spread
         size = np.sqrt(diagonal)
         largest = float(np.linalg.eigvalsh(matrix / np.outer(size, size))[-1])
         diagonal = diagonal * (max(largest, 0.0) + SLACK)
         rise = diagonal * p - matrix @ p
-        linear = 2 * cost.worth - diagonal
-        value = float(linear @ p + p @ rise)
+        linear = 2 * cost.worth - diagonal + pairs.by_removed
+        value = pairs.constant + float(linear @ p + p @ rise)
         slope = linear + 2 * rise
         constant = value - float(slope @ p)
         # In keep variables s = 1 - p, of all units.
@@ -338,6 +361,44 @@ class _Cost:
     value: float
     dual: Floats
     worth: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Penalty on violations of ``0 <= P_ij``, ``p_i + p_j - 1 <= P_ij`` and ``P_ij <= p_i``, over all ordered pairs.
+
+    With the multipliers that it implies, ``constant + by_removed'p + p' by_product p`` is at most 0 for every set.
+
+    Attributes:
+        penalty: Half the weighted sum of squared violations.
+        by_product: Derivative by P, symmetric (n, n).
+        by_removed: Derivative by p with P held fixed (n,).
+        constant: Constant part of the inequalities, weighted by their multipliers.
+    """
+
+    penalty: float
+    by_product: Floats
+    by_removed: Floats
+    constant: float
+
+    @classmethod
+    def at(cls, point: _Point, weight: float) -> _Pairs:
+        """Evaluate the penalty at a point of the relaxation."""
+        p = point.removed
+        rest = np.sqrt(p * (1 - p))
+        product = np.outer(p, p) + point.correlation * np.outer(rest, rest)
+        negative = np.maximum(-product, 0.0)
+        below = np.maximum(p[:, None] + p - 1 - product, 0.0)
+        above = np.maximum(product - p[:, None], 0.0)
+        for violation in (negative, below, above):
+            np.fill_diagonal(violation, 0.0)
+        squares = np.square(negative).sum() + np.square(below).sum() + np.square(above).sum()
+        return cls(
+            penalty=weight / 2 * float(squares),
+            by_product=weight * ((above + above.T) / 2 - negative - below),
+            by_removed=weight * (2 * below.sum(axis=1) - above.sum(axis=1)),
+            constant=-weight * float(below.sum()),
+        )
 
 
 @dataclass(frozen=True, eq=False)
