@@ -79,6 +79,7 @@ def test_tables_of_the_vgg_count_units_below_the_threshold() -> None:
     assert "1 of 4 channels of convolutions and 3 of 4 dense units" in text
     assert "| conv6, fc7 | 4 | 90 | 3, 1 |" in text
     assert "+1.50 points against random" in text
+    assert f"{QUICK.epochs} epochs, from 2 seeds" in text
 
 
 def test_vgg_is_scored_for_every_seed_and_trained_once(

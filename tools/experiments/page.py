@@ -551,13 +551,14 @@ def _auxiliary(protocol: Protocol, found: Found) -> str:
         f"convolutions and {gone_dense} of {dense} dense units."
     )
     shape = "-".join(map(str, AUXILIARY.widths[:-1]))
+    seeds = "one seed" if len(records) == 1 else f"{len(records)} seeds"
     note = (
         f"Decoupled greedy learning on {TITLES[auxiliary.DATA]}: six 3x3 convolutions ({shape} channels, batch "
         f"normalisation, average pooling behind each second one) and a dense layer of {AUXILIARY.widths[-1]}. Every "
         "convolution is trained on a detached input with an auxiliary head of its own (pool, 1x1 convolution, pool, "
         "two dense layers, as in the published code; the last one with the classifier), by stochastic gradient descent "
         f"at a constant rate of 0.1, as published, on the first {auxiliary.TRAINED:,} training images for "
-        f"{protocol.epochs} epochs: a small and briefly trained stand-in for the published "
+        f"{protocol.epochs} epochs, from {seeds}: a small and briefly trained stand-in for the published "
         "VGG-16. Each module is a file of its own, with batch normalisation folded into the layer in front of it; the "
         "published program is solved over a module and its head, on the images that the head is least sure of, and the "
         "scores of the heads are dropped. Two differences matter: the gate acts behind batch normalisation, and bounds "
