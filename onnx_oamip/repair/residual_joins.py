@@ -64,13 +64,16 @@ def join(model: Model, place: Site) -> Join | None:
     shape = model.shapes.get(output)
     if shape is None:
         return None
-    gain = np.ones(shape[place.output_axis])
+    axis = place.output_axis % len(shape)
+    gain = np.ones(shape[axis])
     for tensor, node in chains.of_model(model).behind(output):
         if has(node, Trait.BATCH_NORM):
-            scale = batch_scale(node, model.constants)
+            # A batch normalisation scales axis 1.
+            scale = batch_scale(node, model.constants) if axis == 1 else None
             if scale is None:
                 return None
-            gain = gain * scale[0] / scale[1]
+            factor, deviation = scale
+            gain = gain * factor / deviation
         elif has(node, Trait.SUM) and len(node.inputs) == 2:
             other = node.inputs[1] if node.inputs[0] == tensor else node.inputs[0]
             if other not in model.constants:

@@ -112,3 +112,25 @@ def test_normalisation_with_computed_scale_is_no_join(tmp_path: Path) -> None:
         _join(tmp_path, between + "n = BatchNormalization(a, p, z, m, v)  y = Add(n, b)", NORM)
         is None
     )
+
+
+def test_normalisation_in_training_mode_is_no_join(tmp_path: Path) -> None:
+    """It divides by the deviation of the batch, not by that of its constants."""
+    between = "n, k, l = BatchNormalization<training_mode = {0}>(a, s, z, m, v)  y = Add(n, b)"
+    assert _join(tmp_path, between.replace("{0}", "0").replace("n, k, l", "n"), NORM) is not None
+    assert _join(tmp_path, between.replace("{0}", "1"), NORM) is None
+
+
+@pytest.mark.parametrize("positions", [4, 5])
+def test_normalisation_of_another_axis_is_no_join(positions: int, tmp_path: Path) -> None:
+    """Tokens are scaled, not the four outputs of the product, even where there are as many of them."""
+    text = (
+        f"(float[N,{positions},3] x) => (float[N,{positions},4] y) <float[3,4] w1, float[3,4] w2,"
+        f" float[{positions}] s, float[{positions}] z, float[{positions}] m, float[{positions}] v> {{"
+        " a = MatMul(x, w1)  b = MatMul(x, w2)  n = BatchNormalization(a, s, z, m, v)  y = Add(n, b) }"
+    )
+    model = load(build(text), tmp_path)
+    place = site(model.nodes[0], model.constants)
+    assert place is not None
+    assert place.node.outputs == ("a",)
+    assert join(model, place) is None

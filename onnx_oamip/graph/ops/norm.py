@@ -177,9 +177,11 @@ def batch_scale(node: Node, constants: Mapping[str, Array]) -> tuple[Floats, Flo
         constants: Values of constants by name.
 
     Returns:
-        The gain and the standard deviation of every channel, or None where a parameter is computed.
+        The gain and the standard deviation of every channel, or None where a parameter is computed or the node is in
+        training mode, in which it normalises by statistics of the batch.
     """
-    if not all(name in constants for name in node.inputs[1:5]):
+    is_training = bool(node.attrs.get("training_mode", 0))
+    if is_training or not all(name in constants for name in node.inputs[1:5]):
         return None
     gain, variance = (constants[node.inputs[slot]].astype(np.float64) for slot in (1, 4))
     return gain, np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
@@ -196,7 +198,7 @@ def batch_affine(node: Node, constants: Mapping[str, Array]) -> tuple[Floats, Fl
         (factor, shift), or None where a parameter is computed or the node is in training mode.
     """
     read = batch_scale(node, constants)
-    if read is None or node.attrs.get("training_mode", 0):
+    if read is None:
         return None
     gain, deviation = read
     factor = gain / deviation
