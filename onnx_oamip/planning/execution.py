@@ -212,9 +212,11 @@ class _LeastSquares:
             del refits[REFIT]
         name, best = _least_loss(refits, losses, unused="that it did not use ")
         samples = self.ready.samples
-        if name == WITHOUT or not self._short or self._fitted.count == samples.count:
-            return best
-        return replace(self._fit(name, samples), losses=best.losses)
+        if name != WITHOUT and self._short and self._fitted.count < samples.count:
+            best = replace(self._fit(name, samples), losses=losses)
+        if name == AUGMENTED and losses[AUGMENTED] > losses[REFIT]:
+            best = replace(best, notes=(*best.notes, _note_of_copies(losses)))
+        return best
 
     @cached_property
     def _fitted(self) -> Samples:
@@ -339,6 +341,15 @@ def _least_loss(
         )
         notes = (*notes, note)
     return best, replace(refits[best], notes=notes, losses=losses)
+
+
+def _note_of_copies(losses: Mapping[str, float]) -> str:
+    """Note of a refit with copies that is kept although it loses more."""
+    return (
+        "the refit with augmented copies is kept although the model loses more than without: "
+        f"{losses[AUGMENTED]:.3g} against {losses[REFIT]:.3g} on calibration samples that no refit used, but that may "
+        "resemble others, as crops of one photograph; name what belongs together by `groups` in the data"
+    )
 
 
 def folds_constants(settings: Settings) -> bool:

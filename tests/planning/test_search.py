@@ -778,10 +778,11 @@ def test_groups_measure_refits_on_new_recordings(tmp_path: Path) -> None:
 def test_images_are_refitted_with_copies_too_where_they_are_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refit that loses less is kept; both come from the cache of an earlier run."""
+    """The refit that loses less is kept, or the other by a note; both come from the cache of an earlier run."""
     monkeypatch.setattr(augmentation, "SMALL_SIDE", 8)
     ready = small(CNN, tmp_path, cache=str(tmp_path / "cache"))
     names = ("refit", "refit_with_copies", "none")
+    noted: dict[tuple[float, ...], bool] = {}
 
     def rows(*lost: float, groups: Array | None = None) -> int:
         """Most rows of a fit of the model that is kept, for given losses of the three; 0 without a fit."""
@@ -795,6 +796,11 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
         monkeypatch.setattr(calibration_loss, "losses", losses)
         found = search.search(replace(ready, samples=replace(ready.samples, groups=groups)))
         assert found.pruned.losses == by_name
+        is_noted = any(
+            f"more than without: {lost[1]:.3g} against {lost[0]:.3g}" in note
+            for note in found.pruned.notes
+        )
+        noted[lost] = is_noted
         return max((fit.rows for fit in found.pruned.fits), default=0)
 
     plain, copied = rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5)
@@ -802,6 +808,7 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
     assert rows(0.1, 0.124, 0.5) == copied
     assert rows(0.1, 0.126, 0.5) == plain
     assert rows(0.1, 0.124, 0.11) == 0
+    assert [lost for lost in noted if noted[lost]] == [(0.1, 0.124, 0.5)]
     monkeypatch.setattr(least_squares, "rest", None)
     assert (plain, copied) == (rows(0.1, 0.2, 0.5), rows(0.2, 0.1, 0.5))
     monkeypatch.undo()
