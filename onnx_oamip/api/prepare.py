@@ -63,6 +63,7 @@ from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.recovery import recover as recovery
 from onnx_oamip.recovery.judge import split
+from onnx_oamip.statistics import collector
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 from onnx_oamip.verification.latency import find_step
@@ -119,10 +120,9 @@ def prepare(
         _check_amount(context.settings)
     constraints = plan_constraints.constraints(context, found)
     found = constraints.apply(context.coupling, found)
-    if few := width_losses.note(context):
-        LOG.warning("%s", few)
-        objective = context.objective
-        context = replace(context, objective=replace(objective, notes=(*objective.notes, few)))
+    context = _noted(context, width_losses.note(context))
+    if width_losses.programmed(context.settings) or context.settings.refit != "none":
+        context = _noted(context, collector.undivided_groups(context.samples))
     with context.clock("sensitivity"):
         steps = _steps(context)
         unrepaired = replace(context, settings=critical_units.without_repair(context.settings))
@@ -177,7 +177,21 @@ def open_for_plan(
         raise DataError(
             f"what units removed by {settings.importance} leave behind is found by running; give `data`."
         )
-    return open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
+    context = open_context(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock
+    )
+    if settings.refit == "none":
+        return context
+    return _noted(context, collector.undivided_groups(context.samples))
+
+
+def _noted(context: Context, note: str) -> Context:
+    """Log a note and add it to those of the objective; the same context for an empty note."""
+    if not note:
+        return context
+    LOG.warning("%s", note)
+    objective = context.objective
+    return replace(context, objective=replace(objective, notes=(*objective.notes, note)))
 
 
 def score(

@@ -51,18 +51,41 @@ def parts(samples: Samples) -> tuple[Samples, Samples]:
 
     Returns:
         Samples for covariances and repairs, and up to ``SENSITIVITY_SAMPLES`` for losses. Where the samples have
-        groups, no group is on both sides, if these can be divided so. Both sides are all samples if there are too few
-        to split.
+        groups, no group is on both sides, if these can be divided so (see :func:`undivided_groups`). Both sides are all
+        samples if there are too few to split.
     """
     count = samples.count
     measured = min(SENSITIVITY_SAMPLES, count // 4)
-    if measured < (samples.fixed_batch or 1):
+    if measured < _batch(samples):
         return samples, samples
     by_group = _parts_by_group(samples)
     if by_group is not None:
         return by_group
     split = count - measured
     return samples.take(np.arange(split)), samples.take(np.arange(split, count))
+
+
+def undivided_groups(samples: Samples) -> str:
+    """Describe calibration samples whose groups :func:`parts` cannot keep apart.
+
+    Args:
+        samples: All calibration samples.
+
+    Returns:
+        A sentence for the user; empty where groups are kept apart, or the samples have none.
+    """
+    if samples.groups is None or _parts_by_group(samples) is not None:
+        return ""
+    if len(np.unique(samples.groups)) == 1:
+        cause = "all calibration samples are of one group"
+    else:
+        cause = f"no choice of whole groups leaves the {_batch(samples)} samples of a batch on both sides"
+    return f"losses of widths and refits are measured on groups to which refits are fitted: {cause}"
+
+
+def _batch(samples: Samples) -> int:
+    """Least number of samples that the model can run on."""
+    return samples.fixed_batch or 1
 
 
 def _parts_by_group(samples: Samples) -> tuple[Samples, Samples] | None:
@@ -74,7 +97,7 @@ def _parts_by_group(samples: Samples) -> tuple[Samples, Samples] | None:
     fitted = np.flatnonzero(~chosen)
     # All groups have their part in these: the samples are in random order.
     measured = np.flatnonzero(chosen)[:SENSITIVITY_SAMPLES]
-    if min(len(fitted), len(measured)) < (samples.fixed_batch or 1):
+    if min(len(fitted), len(measured)) < _batch(samples):
         return None
     return samples.take(fitted), samples.take(measured)
 

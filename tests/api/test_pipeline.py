@@ -110,6 +110,18 @@ def _untouched(task: Path, *also: str) -> None:
 # -------------------------------------------------------------------------------------------------- what is written
 
 
+@pytest.mark.parametrize(("refit", "names"), [("bias", 1), ("bias", 30), ("none", 1)])
+def test_note_states_calibration_samples_of_a_single_group(
+    task: Path, refit: str, names: int
+) -> None:
+    """Only where a refit is measured: it is measured on the group to which it was fitted."""
+    with np.load(task / "data.npz") as stored:
+        np.savez(task / "data.npz", **stored, groups=np.arange(60) % names)
+    notes = _prune(task, refit=refit).notes
+    stated = [note for note in notes if "all calibration samples are of one group" in note]
+    assert len(stated) == (refit != "none" and names == 1)
+
+
 def test_report_matches_the_written_file(task: Path) -> None:
     report = _prune(task)
     path = task / "out.onnx"

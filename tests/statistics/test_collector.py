@@ -25,7 +25,12 @@ from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.published.nnrelief import absolute_signal
 from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.statistics import calibration, class_samples, covariances
-from onnx_oamip.statistics.collector import SENSITIVITY_SAMPLES, collect, parts
+from onnx_oamip.statistics.collector import (
+    SENSITIVITY_SAMPLES,
+    collect,
+    parts,
+    undivided_groups,
+)
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS, RELEVANCE
 
@@ -197,16 +202,22 @@ def test_losses_are_measured_on_whole_groups(context: Context, seed: int, kind: 
         assert part.origin is not None
         assert again.origin is not None
         np.testing.assert_array_equal(part.origin, again.origin)
+    assert undivided_groups(every) == undivided_groups(replace(every, groups=None)) == ""
 
 
 @pytest.mark.parametrize(
-    ("groups", "fixed_batch"),
-    [([0] * 40, None), (["a"] * 40, None), ([0] * 38 + [1] * 2, 4)],
+    ("groups", "fixed_batch", "cause"),
+    [
+        ([0] * 40, None, "all calibration samples are of one group"),
+        (["a"] * 40, None, "all calibration samples are of one group"),
+        ([0] * 38 + [1] * 2, 4, "leaves the 4 samples of a batch on both sides"),
+    ],
 )
 def test_groups_that_cannot_be_divided_are_measured_as_samples_without(
-    context: Context, groups: list[object], fixed_batch: int | None
+    context: Context, groups: list[object], fixed_batch: int | None, cause: str
 ) -> None:
     every = grouped(context, groups, fixed_batch)
+    assert cause in undivided_groups(every)
     for part, plain in zip(parts(every), parts(replace(every, groups=None)), strict=True):
         assert part.origin is not None
         assert plain.origin is not None
