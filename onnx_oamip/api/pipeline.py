@@ -488,8 +488,8 @@ def _targets(
 def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | None]:
     """The result of a plan, trained if the settings ask for it, and how it was trained.
 
-    The training starts from a refit without the samples that judge it. Where the trained model is refused, the result
-    stays the refit to all samples.
+    The training starts from a refit without the samples that judge it. Where the trained model is refused, as on
+    evaluation data on which the refit to all samples loses less, the result stays that refit.
     """
     if ready.judged is None or ready.trained is None or result.plan.keep.all():
         return result, None

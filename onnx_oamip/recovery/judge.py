@@ -139,13 +139,13 @@ class Best:
             return
         if not self.lowest.size or found.mean() < self.lowest.mean():
             self.lowest = found
-        if not _is_lower(self.lowest, found):
+        if not is_lower(self.lowest, found):
             self.losses, self.step, self.weights = found, step, weights
 
     @property
     def is_better(self) -> bool:
         """True if the best is better than the start, by more than the differences between samples explain."""
-        return bool(self.losses.size) and _is_lower(self.losses, self.start)
+        return bool(self.losses.size) and is_lower(self.losses, self.start)
 
     @property
     def has_stalled(self) -> bool:
@@ -154,8 +154,16 @@ class Best:
         return self.step in steps and len(steps) - 1 - steps.index(self.step) >= self.patience
 
 
-def _is_lower(losses: Floats, others: Floats) -> bool:
-    """True if losses are lower than others of the same samples by more than noise."""
+def is_lower(losses: Floats, others: Floats) -> bool:
+    """Check whether losses are lower than others by more than noise.
+
+    Args:
+        losses: Losses by sample.
+        others: Other losses of the same samples.
+
+    Returns:
+        True if their mean, or most of them by rank, is lower by more than differences between samples explain.
+    """
     gains = others - losses
     if gains.mean() <= LEAST_GAIN * float(others.mean()):
         return False

@@ -18,7 +18,7 @@ from onnx_oamip.data import augmentation
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.recovery import features
-from onnx_oamip.recovery.judge import Judge
+from onnx_oamip.recovery.judge import Best, Judge, is_lower
 from onnx_oamip.recovery.task import Task
 
 
@@ -72,12 +72,13 @@ def run(
         settings: Effort, changes of samples, device, memory and seed.
         device: Device of ONNX Runtime.
         measured: Samples on which the result is measured; those that judge by default.
-        unrecovered: Model that is taken where the objective did not fall; the pruned one by default.
+        unrecovered: Model that is taken where the trained one is refused; the pruned one by default.
         progress: Callback ``(stage, done, total)``.
         stop: Asked after every step; True ends training with the best so far.
 
     Returns:
-        The trained model, or the unrecovered one where the objective did not fall; and how it was trained.
+        The trained model, and how it was trained. The unrecovered model takes its place where the objective did not
+        fall on the samples that judge, or where the unrecovered model loses less on the measured samples.
 
     Raises:
         EnvironmentMissing: torch is not installed.
@@ -120,10 +121,17 @@ def run(
         stop=stop,
     )
     trained = training.train(task, effort_of(settings.recover or DEFAULT_EFFORT))
-    proto = trained.proto or unrecovered or pair.pruned.proto
     best = trained.best
+    refusal = _refusal(best)
+    if trained.proto is not None and unrecovered is not None and final is not judge:
+        refusal = _refusal_by_measure(final, trained.proto, unrecovered)
+    if trained.proto is None or refusal:
+        proto = unrecovered or pair.pruned.proto
+    else:
+        proto = trained.proto
     return proto, Recovery(
-        accepted=trained.proto is not None,
+        accepted=not refusal,
+        refusal=refusal,
         before=float(best.start.mean()),
         after=best.loss if best.curve else None,
         steps=trained.steps,
@@ -146,6 +154,30 @@ def run(
     )
 
 
+def _refusal(best: Best) -> str:
+    """Clause about a training that did not lower the objective; empty where it did."""
+    if best.is_better:
+        return ""
+    before = float(best.start.mean())
+    return f"the held-out objective ({before:.4g}) did not fall by more than noise"
+
+
+def _refusal_by_measure(
+    measured: Judge, trained: onnx.ModelProto, unrecovered: onnx.ModelProto
+) -> str:
+    """Clause about a trained model that loses more than the unrecovered one, which is refitted to more samples.
+
+    The samples that judge the training are among these, so that only samples that neither has seen compare the two.
+    """
+    with_training, without = measured.losses(trained), measured.losses(unrecovered)
+    if not is_lower(without, with_training):
+        return ""
+    return (
+        f"its objective on the evaluation data ({with_training.mean():.4g}) is above that of the unrecovered model "
+        f"({without.mean():.4g})"
+    )
+
+
 def notes(recovery: Recovery, *, refitted: int | None = None) -> tuple[str, ...]:
     """State what a reader of the report should know about a recovery.
 
@@ -161,8 +193,7 @@ def notes(recovery: Recovery, *, refitted: int | None = None) -> tuple[str, ...]
     if not recovery.accepted:
         which = "" if refitted is None else f", refitted to all {refitted:,} samples"
         found.append(
-            f"the recovery was not taken, as the held-out objective ({recovery.before:.4g}) did not fall by "
-            f"more than noise; the model is the unrecovered one{which}"
+            f"the recovery was not taken, as {recovery.refusal}; the model is the unrecovered one{which}"
         )
     if recovery.left_out:
         listed = "; ".join(recovery.left_out[:3])

@@ -122,9 +122,10 @@ def test_notes_state_a_refusal_and_what_was_left_out() -> None:
         features=(),
         left_out=("Loop 'a': torch has no function for it",),
         curve=((10, 0.6),),
+        refusal="the held-out objective (0.5) did not fall by more than noise",
     )
     refused, left_out = recovery.notes(found)
-    assert "was not taken" in refused
+    assert "was not taken, as the held-out objective (0.5) did not fall" in refused
     assert "Loop 'a'" in left_out
 
 

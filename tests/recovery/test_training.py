@@ -14,9 +14,12 @@ from onnx import numpy_helper
 from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
 from onnx_oamip.core.errors import DataError, GateFailed, SettingsError
-from onnx_oamip.core.records import Objective, Scale, Term
+from onnx_oamip.core.records import Objective, Plan, Scale, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.objective import compare
+from onnx_oamip.planning import execution
+from onnx_oamip.planning.execution import Attempt
+from onnx_oamip.statistics.context import Context
 
 torch = pytest.importorskip("torch")
 
@@ -294,6 +297,42 @@ def test_refused_recovery_leaves_the_model_refitted_to_all_samples(
     (measure,) = report.verification.outputs
     assert measure.values == report.recovery.outputs[0].values
     assert measure.values != report.recovery.outputs_before[0].values
+
+
+@pytest.mark.parametrize("is_worse", [True, False])
+def test_recovery_that_loses_more_on_evaluation_data_is_refused(
+    is_worse: bool, case: Path, with_evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training starts from a refit to fewer samples, so that its own gain may be less than that of the others."""
+    real = execution.carry_out
+
+    def carry_out(ready: Context, chosen: Plan) -> Attempt:
+        """The start of the training as a refit to very few samples would leave it: with noise in its weights."""
+        found = real(ready, chosen)
+        if not is_worse:
+            return found
+        proto, rng = onnx.ModelProto(), np.random.default_rng(0)
+        proto.CopyFrom(found.pruned.proto)
+        for held in proto.graph.initializer:
+            value = numpy_helper.to_array(held)
+            noise = rng.normal(size=value.shape) * value.std()
+            held.CopyFrom(numpy_helper.from_array(value + noise.astype(value.dtype), held.name))
+        return replace(found, pruned=replace(found.pruned, proto=proto))
+
+    model = case / "model.onnx"
+    plain = prune(model, with_evaluation, case / "plain.onnx", judged_alone())
+    monkeypatch.setattr(execution, "carry_out", carry_out)
+    asked = judged_alone(recover=12)
+    report = prune(model, with_evaluation, case / "recovered.onnx", asked)
+    assert report.recovery is not None
+    assert report.recovery.after is not None
+    assert report.recovery.after < report.recovery.before
+    is_plain = (case / "recovered.onnx").read_bytes() == (case / "plain.onnx").read_bytes()
+    assert report.recovery.accepted == (not is_worse)
+    assert is_plain == is_worse
+    assert any("its objective on the evaluation data" in note for note in report.notes) == is_worse
+    (found,), (unrecovered,) = report.verification.outputs, plain.verification.outputs
+    assert found.lost <= unrecovered.lost
 
 
 @pytest.mark.usefixtures("much_too_large_rate")

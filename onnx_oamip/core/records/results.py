@@ -134,7 +134,7 @@ class Recovery:
     """Training of a pruned model with the original as its teacher.
 
     Attributes:
-        accepted: True if the trained model is taken; otherwise the objective did not fall, and the model is as before.
+        accepted: True if the trained model is taken; otherwise the model is the unrecovered one.
         before: Loss of the objective on held-out samples before training.
         after: The lowest one found by training; None where nothing was trained.
         steps: Steps that were done.
@@ -154,6 +154,7 @@ class Recovery:
         curve: Pairs of a step and the loss after it on held-out samples.
         outputs_before: Measures of the terms before training, on the evaluation data or else on the held-out samples.
         outputs: The same of the model that is taken.
+        refusal: Reason why the trained model is not taken, as a clause; empty where it is taken.
     """
 
     accepted: bool
@@ -176,6 +177,7 @@ class Recovery:
     curve: tuple[tuple[int, float], ...]
     outputs_before: tuple[Measure, ...] = ()
     outputs: tuple[Measure, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
