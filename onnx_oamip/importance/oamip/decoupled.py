@@ -357,6 +357,8 @@ class _Step:
         flops: Approximate number of floating-point operations spent.
         solution: Last solution of the program, or None if it was not solved.
         improved: True if the set is better than the first point.
+        solution_read: True if a solution was read from a file.
+        solution_taken: True if that was better than the first point.
     """
 
     keep: Bools
@@ -417,70 +419,14 @@ def _improve(
         most_flops: The same for the plane of the relaxation, if it takes more.
         deadline: Time at which to stop, by ``time.perf_counter``.
     """
-    loss = subset.loss
-    best = _Incumbent(loss, free, start)
+    best = _Incumbent(subset.loss, free, start)
     file = ProgramFile.of(settings, f"importance-{name}-{best.count}-of-{subset.units}")
     columns = [f"keep_{name}_{unit}" for unit in range(subset.units)]
     proposed = file.values(lambda: columns)
     taken = proposed is not None and best.offer(proposed)
-    bound = 0.0
-    last: Solution | None = None
-    none = np.zeros(len(free), bool)
-    root: Plane | None = None
-    needed = MIN_STEPS * loss.plane_flops(int(free.sum()))
-    evaluations = flops / loss.flops
-    relax_steps = int(min(MAX_RELAX_STEPS, max(2, evaluations / 3)))
-    relaxed = loss.relax(free, best.count, relax_steps)
-    spent = relax_steps * loss.flops
-    best.offer(relaxed)
-    subset.tangent(relaxed)
-    subset.tangent(best.keep.astype(np.float64))
-    for _ in range(int(min(MAX_SOLVES, max(1, evaluations / 6)))):
-        remaining = deadline - time.perf_counter()
-        if remaining <= 0:
-            break
-        limits = SolverLimits(
-            time_s=remaining,
-            gap=RELATIVE_GAP / 4,
-            seed=settings.seed,
-            nodes=MAX_NODES,
-        )
-        program = subset.program(free, best.count, best.keep)
-        last = solve(program, limits, settings.solver)
-        before = best.value, bound
-        if last.bound is not None:
-            bound = max(bound, last.bound)
-        if last.values is None:
-            break
-        keep = last.values[:-1]
-        best.offer(keep)
-        if best.value - bound <= RELATIVE_GAP * best.value:
-            break
-        if root is None and max(flops, most_flops) >= needed:
-            root = loss.between(free, none).plane(best.count, max(flops - spent, needed), None)
-            spent += root.flops
-            best.offer(root.keep)
-            subset.bound(root)
-            bound = max(bound, root.least(free, none, best.count))
-        elif root is not None and (best.value, bound) == before:
-            break  # the plane of the relaxation is above all that follow
-        subset.tangent(keep)
-        # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
-        subset.tangent((keep + relaxed) / 2)
-    is_open = best.value - bound > RELATIVE_GAP * best.value
-    if root is not None and is_open and time.perf_counter() < deadline:
-        searched = branching.search(
-            loss,
-            free,
-            best.keep,
-            root=root,
-            flops=flops - spent,
-            gap=RELATIVE_GAP,
-            is_over=lambda: time.perf_counter() >= deadline,
-        )
-        best.offer(searched.keep.astype(np.float64))
-        bound = max(bound, searched.bound)
-        spent += searched.flops
+    search = _SubsetSearch(subset, best, settings, flops, most_flops, deadline)
+    search.approximate()
+    search.branch()
     file.write(
         lambda: subset.program(free, best.count, best.keep),
         lambda: [*columns, "loss"],
@@ -488,13 +434,126 @@ def _improve(
     return _Step(
         keep=best.keep,
         value=best.value,
-        bound=min(bound, best.value),
-        flops=spent,
-        solution=last,
+        bound=min(search.bound, best.value),
+        flops=search.spent,
+        solution=search.solution,
         improved=best.keep is not start,
         solution_read=proposed is not None,
         solution_taken=taken,
     )
+
+
+@dataclass(eq=False)
+class _SubsetSearch:
+    """Search for the best set of a fixed size, with a lower bound of its loss.
+
+    Attributes:
+        subset: Program of the group.
+        best: Best set so far.
+        settings: Solver and seed.
+        flops: Floating-point operations that may be spent.
+        most_flops: The same for the plane of the relaxation, if it takes more.
+        deadline: Time at which to stop, by ``time.perf_counter``.
+        bound: Proved lower bound of the loss.
+        spent: Operations that were spent.
+        root: Plane of the relaxation, if there is one.
+        solution: Last solution of the program, if there is one.
+    """
+
+    subset: Subset
+    best: _Incumbent
+    settings: Settings
+    flops: float
+    most_flops: float
+    deadline: float
+    bound: float = 0.0
+    spent: float = 0.0
+    root: Plane | None = None
+    solution: Solution | None = None
+
+    def approximate(self) -> None:
+        """Solve the program with more and more planes, until the gap is closed or nothing changes."""
+        loss, best = self.subset.loss, self.best
+        evaluations = self.flops / loss.flops
+        relax_steps = int(min(MAX_RELAX_STEPS, max(2, evaluations / 3)))
+        relaxed = loss.relax(best.free, best.count, relax_steps)
+        self.spent = relax_steps * loss.flops
+        best.offer(relaxed)
+        self.subset.tangent(relaxed)
+        self.subset.tangent(best.keep.astype(np.float64))
+        for _ in range(int(min(MAX_SOLVES, max(1, evaluations / 6)))):
+            remaining = self.deadline - time.perf_counter()
+            if remaining <= 0:
+                return
+            before = best.value, self.bound
+            keep = self._solve(remaining)
+            if keep is None or not self._is_open:
+                return
+            if self.root is None and max(self.flops, self.most_flops) >= self._flops_of_root:
+                self._add_root()
+            elif self.root is not None and (best.value, self.bound) == before:
+                return  # the plane of the relaxation is above all that follow
+            self.subset.tangent(keep)
+            # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
+            self.subset.tangent((keep + relaxed) / 2)
+
+    def branch(self) -> None:
+        """Branch and bound on the relaxation, if its plane is known and the gap is open."""
+        if self.root is None or not self._is_open or time.perf_counter() >= self.deadline:
+            return
+        searched = branching.search(
+            self.subset.loss,
+            self.best.free,
+            self.best.keep,
+            root=self.root,
+            flops=self.flops - self.spent,
+            gap=RELATIVE_GAP,
+            is_over=lambda: time.perf_counter() >= self.deadline,
+        )
+        self.best.offer(searched.keep.astype(np.float64))
+        self.bound = max(self.bound, searched.bound)
+        self.spent += searched.flops
+
+    @property
+    def _is_open(self) -> bool:
+        """True if the gap between the best set and the bound is too large."""
+        return self.best.value - self.bound > RELATIVE_GAP * self.best.value
+
+    @property
+    def _flops_of_root(self) -> float:
+        """Operations that the plane of the relaxation needs at least."""
+        return MIN_STEPS * self.subset.loss.plane_flops(int(self.best.free.sum()))
+
+    def _solve(self, seconds: float) -> Floats | None:
+        """Solve the program once; its solution (units,), None if there is none."""
+        best = self.best
+        limits = SolverLimits(
+            time_s=seconds,
+            gap=RELATIVE_GAP / 4,
+            seed=self.settings.seed,
+            nodes=MAX_NODES,
+        )
+        program = self.subset.program(best.free, best.count, best.keep)
+        self.solution = solve(program, limits, self.settings.solver)
+        if self.solution.bound is not None:
+            self.bound = max(self.bound, self.solution.bound)
+        if self.solution.values is None:
+            return None
+        keep = self.solution.values[:-1]
+        best.offer(keep)
+        return keep
+
+    def _add_root(self) -> None:
+        """Add the plane of the relaxation over all sets."""
+        best = self.best
+        none = np.zeros(len(best.free), bool)
+        flops = max(self.flops - self.spent, self._flops_of_root)
+        root = self.subset.loss.between(best.free, none).plane(best.count, flops, None)
+        self.root = root
+        self.spent += root.flops
+        best.offer(root.keep)
+        self.subset.bound(root)
+        self.bound = max(self.bound, root.least(best.free, none, best.count))
 
 
 def _record(
