@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from onnx_oamip.core.records import Array, Fit, Floats
 from onnx_oamip.graph.linear_layers import Editor
@@ -50,8 +50,87 @@ def refit_family(
         A record of the fit, None if there is none, and remarks for the user.
     """
     remarks: list[str] = []
+    uses = _sampled(cut, editor, family, frontier, targets, copies=copies, remarks=remarks)
+    if uses is None:
+        return None, remarks
+    first = uses.layers[0]
+    if any(rows.count < 2 for rows in uses.rows):
+        if not family.is_shared:
+            editor.add_bias(first.here, uses.rows[0].residual.reshape(-1))
+        remarks.append("one row is too few to fit and to judge, so only its bias moves")
+        return None, remarks
+    own_biases = family.is_shared and not _has_common_bias(editor, uses.layers)
+    means = [rows.means for rows in uses.rows]
+    rows, split = stacked(uses.rows, HELD_OUT, centred=own_biases)
+    form, solve, remark = _solver(
+        cut,
+        family.uses[0],
+        rows,
+        uses.wide_inputs,
+        weight=first.weight,
+        split=split,
+    )
+    if remark:
+        remarks.append(remark)
+    found = choose_ridge(rows.x, rows.residual, split, solve)
+    behind = _behind_clamp(rows, split, solve, found)
+    if behind is None or uses.clamp is None:
+        rows = replace(rows, bounds=None)
+    else:
+        found = behind
+        form = f"{form} behind {uses.clamp.op}"
+    stored = as_stored(editor, first, rows, split, found=found)
+    if stored is None:
+        kind = editor.stored_type(weight_name(editor, first.here))
+        remarks.append(f"fitted weights are out of range for {kind}, so it is not refitted")
+        return None, remarks
+    scale = pooled_variance(uses.spreads, own_means=own_biases) or 1.0
+    before, after = stored.errors
+    _, count, unknowns = rows.x.shape
+    fit = Fit(family.title, form, count, unknowns, stored.ridge, before / scale, after / scale)
+    improves = after < before
+    change = stored.change if improves else None
+    if change is not None:
+        write_weight(editor, first, change, for_all=family.is_shared)
+    if own_biases:
+        _write_own_biases(editor, family, uses.layers, means, change)
+    elif improves:
+        editor.add_bias(first.here, stored.shift.reshape(-1), for_all=family.is_shared)
+    return fit, remarks
+
+
+@dataclass(frozen=True, eq=False)
+class _Uses:
+    """All nodes that share a weight, with their sampled rows.
+
+    Attributes:
+        layers: The nodes in the cut model.
+        rows: Rows of each, in units of the first one; emptied where they are stacked.
+        spreads: Variance of the outputs of each.
+        wide_inputs: Inputs in the original model, only of a node whose channels are mixed; None for others.
+        clamp: Clamp behind the node, if the weight has only one.
+    """
+
+    layers: list[CutLayer]
+    rows: list[Rows]
+    spreads: list[Spread]
+    wide_inputs: Array | None
+    clamp: Clamp | None
+
+
+def _sampled(
+    cut: Cut,
+    editor: Editor,
+    family: Family,
+    frontier: Frontier,
+    targets: dict[str, Target],
+    *,
+    copies: Copied | None,
+    remarks: list[str],
+) -> _Uses | None:
+    """Rows of all nodes that share a weight; None where one cannot be fitted, with the reason in ``remarks``."""
     layers: list[CutLayer] = []
-    parts: list[Rows] = []
+    rows: list[Rows] = []
     spreads: list[Spread] = []
     wide_inputs: Array | None = None
     clamp: Clamp | None = None
@@ -67,62 +146,27 @@ def refit_family(
         if name in family.late:
             targets[name] = replace(targets[name], inputs=())
         if use is None:
-            return None, remarks
+            return None
         layers.append(use.layer)
-        parts.append(use.rows.times(use.layer.here.factor / layers[0].here.factor))
+        rows.append(use.rows.times(use.layer.here.factor / layers[0].here.factor))
         spreads.append(use.spread)
         wide_inputs = use.wide_inputs
         del use  # memory holds one copy of the rows
-    first = layers[0]
-    if any(part.count < 2 for part in parts):
-        if not family.is_shared:
-            editor.add_bias(first.here, parts[0].residual.reshape(-1))
-        remarks.append("one row is too few to fit and to judge, so only its bias moves")
-        return None, remarks
-    has_common_bias = family.is_shared and _has_common_bias(editor, layers)
-    own_biases = family.is_shared and not has_common_bias
-    means = [part.means for part in parts]
-    rows, split = stacked(parts, HELD_OUT, centred=own_biases)
-    form, solve, remark = _solver(
-        cut,
-        family.uses[0],
-        rows,
-        wide_inputs,
-        weight=first.weight,
-        split=split,
-    )
-    if remark:
-        remarks.append(remark)
-    found = choose_ridge(rows.x, rows.residual, split, solve)
-    behind = _behind_clamp(rows, split, solve, found)
-    if behind is None or clamp is None:
-        rows = replace(rows, bounds=None)
-    else:
-        found = behind
-        form = f"{form} behind {clamp.op}"
-    stored = as_stored(editor, first, rows, split, found=found)
-    if stored is None:
-        kind = editor.stored_type(weight_name(editor, first.here))
-        remarks.append(f"fitted weights are out of range for {kind}, so it is not refitted")
-        return None, remarks
-    found = stored
-    scale = pooled_variance(spreads, own_means=own_biases) or 1.0
-    before, after = found.errors
-    _, count, unknowns = rows.x.shape
-    fit = Fit(family.title, form, count, unknowns, found.ridge, before / scale, after / scale)
-    improves = after < before
-    if improves and found.change is not None:
-        write_weight(editor, first, found.change, for_all=family.is_shared)
-    if not own_biases:
-        if improves:
-            editor.add_bias(first.here, found.shift.reshape(-1), for_all=family.is_shared)
-        return fit, remarks
-    change = found.change if improves else None
+    return _Uses(layers, rows, spreads, wide_inputs, clamp)
+
+
+def _write_own_biases(
+    editor: Editor,
+    family: Family,
+    layers: Sequence[CutLayer],
+    means: Sequence[tuple[Floats, Floats]],
+    change: Floats | None,
+) -> None:
+    """Gives every node its own bias under a common change of the weight; late ones get theirs by :func:`shift_bias`."""
     for layer, (mean_input, mean_residual) in zip(layers, means, strict=True):
         if layer.here.node.name not in family.late:
             shift = best_shift(mean_input, mean_residual, change)
             editor.add_bias(layer.here, shift.reshape(-1))
-    return fit, remarks
 
 
 def _solver(

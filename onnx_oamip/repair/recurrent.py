@@ -336,20 +336,7 @@ def refit(
         return None, ["its weights are computed from constants, so it is not refitted"]
     assert present[0] is not None
     assert present[1] is not None
-    data = node.input[0]
-
-    def take(i: int, values: Mapping[str, Array]) -> Floats:
-        x = values[data]
-        flat = x.reshape(x.shape[0] * x.shape[1], -1)
-        return flat[steps[i].rows].astype(np.float64)
-
-    cut_x = np.concatenate(frontier.each([data], take))
-    used = steps[: frontier.batches]
-    x = np.concatenate([step.x for step in used]).astype(np.float64)
-    h = np.concatenate([step.h for step in used], axis=1)
-    finite = np.isfinite(cut_x).all(axis=1) & np.isfinite(x).all(axis=1)
-    finite &= np.isfinite(h).all(axis=(0, 2))
-    cut_x, x, h = cut_x[finite], x[finite], h[:, finite]
+    cut_x, x, h = _finite_rows(node.input[0], frontier, steps)
     split = leading_rows(len(x))
     if split == len(x):
         return None, ["one row is too few to fit and to judge, so it is not refitted"]
@@ -362,9 +349,8 @@ def refit(
     for k in range(len(w)):
         for part in _sums(one):
             state = h[k] * _reset(one, k, x, h[k]) if part.is_reset else h[k]
-            wanted = _wanted(one, part, k, x, state)[
-                :, np.tile(keep, part.gates.stop - part.gates.start)
-            ]
+            kept_rows = np.tile(keep, part.gates.stop - part.gates.start)
+            wanted = _wanted(one, part, k, x, state)[:, kept_rows]
             places = part.biases(int(keep.sum()), b.shape[1])
             wanted += sum(bias_offset[k, place] for place in places)
             found = _fit(part, (w[k], r[k], b[k]), (cut_x, state[:, keep]), wanted, split)
@@ -378,6 +364,26 @@ def refit(
         for slot, value in ((1, w), (2, r), (3, b)):
             editor.replace(node, slot, np.ascontiguousarray(value.astype(present[0].dtype)))
     return fit, []
+
+
+def _finite_rows(
+    data: str, frontier: Frontier, steps: Sequence[Steps]
+) -> tuple[Floats, Floats, Floats]:
+    """Finite rows of the inputs in the cut model, of those in the original, and of its states before every step."""
+
+    def inputs(i: int, values: Mapping[str, Array]) -> Floats:
+        """Inputs in the cut model at the sampled steps of one feed (rows, inputs)."""
+        x = values[data]
+        by_step = x.reshape(x.shape[0] * x.shape[1], -1)
+        return by_step[steps[i].rows].astype(np.float64)
+
+    cut_x = np.concatenate(frontier.each([data], inputs))
+    used = steps[: frontier.batches]
+    x = np.concatenate([step.x for step in used]).astype(np.float64)
+    h = np.concatenate([step.h for step in used], axis=1)
+    is_finite = np.isfinite(cut_x).all(axis=1) & np.isfinite(x).all(axis=1)
+    is_finite &= np.isfinite(h).all(axis=(0, 2))
+    return cut_x[is_finite], x[is_finite], h[:, is_finite]
 
 
 def _is_shared(editor: Editor, node: onnx.NodeProto, slot: int) -> bool:
@@ -397,7 +403,8 @@ def _reset(one: Layer, k: int, x: Floats, h: Floats) -> Floats:
     """The reset gate of a GRU in the original (rows, units), the second of its gates."""
     units = one.r.shape[2]
     rows = slice(units, 2 * units)
-    bias = one.b[k, rows] + one.b[k, one.gates * units + units : one.gates * units + 2 * units]
+    recurrent_biases = one.b[k, one.gates * units :]
+    bias = one.b[k, rows] + recurrent_biases[rows]
     gate: Floats = expit(x @ one.w[k, rows].T + h @ one.r[k, rows].T + bias)
     return gate
 
