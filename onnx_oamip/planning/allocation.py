@@ -178,16 +178,7 @@ def allocate(
     """
     full = full_widths(coupling)
     narrowest = least(settings.floor if floor is None else floor, step, full)
-    ceiling = full
-    if settings.threshold is not None:
-        above = np.bincount(
-            coupling.unit_group[scores.values >= settings.threshold], minlength=len(full)
-        )
-        ceiling = np.maximum(_snap(above, step, full), narrowest)
-    # Its rules give every unit to be removed a score of 0; no further unit is removed to reach a multiple of the step.
-    if settings.alpha is not None:
-        wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
-        ceiling = np.minimum(ceiling, np.maximum(-(-wanted // step) * step, narrowest))
+    ceiling = _most_by_scores(coupling, scores, settings, step, narrowest)
     if ladder is not None:  # an emptied group has no units to choose from
         ceiling = np.minimum(ceiling, [widths[-1] for widths in ladder.widths]).astype(np.int64)
         narrowest = np.minimum(narrowest, ceiling)
@@ -201,16 +192,9 @@ def allocate(
         )
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
-        if settings.max_loss is None:
-            programmed = ladder
-        elif settings.max_drop is None:
-            programmed = fewest_units(ladder, settings.max_loss)
-        else:
-            # The search over the drop asks for wider models too, which the fewest units within the loss are not.
-            programmed = within_loss(ladder, settings.max_loss)
         try:
             widths, programs = _programmed(
-                programmed,
+                _bounded_by_loss(ladder, settings),
                 ceiling,
                 ledger=ledger,
                 limit=limit,
@@ -255,6 +239,34 @@ def allocate(
         predicted=ledger.cost(widths),
         programs=programs,
     )
+
+
+def _most_by_scores(
+    coupling: Coupling, scores: Scores, settings: Settings, step: Ints, narrowest: Ints
+) -> Ints:
+    """Largest width of every group (groups,): a threshold, and the rules of ``alpha``, remove units by their scores."""
+    full = full_widths(coupling)
+    most = full
+    if settings.threshold is not None:
+        is_above = scores.values >= settings.threshold
+        above = np.bincount(coupling.unit_group[is_above], minlength=len(full))
+        most = np.maximum(_snap(above, step, full), narrowest)
+    if settings.alpha is not None:
+        # Units that the rules remove have a score of 0. No further one is removed to reach a multiple of the step.
+        kept = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
+        next_multiple = -(-kept // step) * step
+        most = np.minimum(most, np.maximum(next_multiple, narrowest))
+    return most
+
+
+def _bounded_by_loss(ladder: Ladder, settings: Settings) -> Ladder:
+    """The ladder of a program that observes a bound on the summed losses; the ladder itself without a bound."""
+    if settings.max_loss is None:
+        return ladder
+    if settings.max_drop is None:
+        return fewest_units(ladder, settings.max_loss)
+    # The search over the drop asks for wider models too, which the fewest units within the loss are not.
+    return within_loss(ladder, settings.max_loss)
 
 
 def _trade(ladder: Ladder, ceiling: Ints, widths: Ints, max_loss: float) -> dict[str, float]:

@@ -421,18 +421,8 @@ class _Part:
             self.others = np.setdiff1d(whole.around.removed, self.units)
         self.linear = {name: p.uses[0] for p in found for name in p.uses}
         self.wanted = wanted
-        # A node may read the group at several places (a recurrent one: its input and its own state).
-        self.masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
         self.nodes = {node.name: node for node in model.every}
-        homes = model.homes
-        names: set[str] = set()
-        for c in (*coupling.consumers, *coupling.inside):
-            labels = coupling.axes[c.data, c.axis]
-            if np.isin(labels, self.units).any():
-                names.add(homes[c.node])
-                if c.node not in self.linear:
-                    here = self.masked.setdefault(c.node, [])
-                    here.append((f"{len(here)}_{c.node}", c, labels))
+        names, self.masked = self._consumers(coupling)
         sources = [o for node in slicer.nodes if node.name in names for o in node.output if o]
         behind = slicer.descendants(sources) | {
             i for i, n in enumerate(slicer.nodes) if n.name in names
@@ -462,6 +452,24 @@ class _Part:
         self._open(proto, types)
         self.suffix = Session(proto, whole.device, 1, what="a part of the model")
         self.made = made
+
+    def _consumers(
+        self, coupling: Coupling
+    ) -> tuple[set[str], dict[str, list[tuple[str, Consumer, Ints]]]]:
+        """Nodes of the main graph with consumers of the group; and those to mask, with a name for every mask."""
+        homes = self.model.homes
+        names: set[str] = set()
+        # A node may read the group at several places (a recurrent one: its input and its own state).
+        masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
+        for c in (*coupling.consumers, *coupling.inside):
+            labels = coupling.axes[c.data, c.axis]
+            if not np.isin(labels, self.units).any():
+                continue
+            names.add(homes[c.node])
+            if c.node not in self.linear:
+                here = masked.setdefault(c.node, [])
+                here.append((f"{len(here)}_{c.node}", c, labels))
+        return names, masked
 
     def _open(self, proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
         """Turn weights into inputs, add bias shifts behind and masks before the consumers."""

@@ -152,7 +152,6 @@ def losses_of_groups(
     """
     model, coupling, settings = context.model, context.coupling, context.settings
     order = scoring.order(scores, coupling)
-
     samples = _measured(context)
     known = {
         **context.cache_identity,
@@ -165,13 +164,10 @@ def losses_of_groups(
     if around is not None:
         known["around"] = np.flatnonzero(~around).tolist()
     wide = cost.full_widths(coupling)
-    shares = _shares(settings)
-    widths = {g: np.append(0, sensitivity.levels(int(wide[g]), shares)) for g in emptiable}
-    if shares != sensitivity.LEVELS:
-        rest = (g for g in range(len(wide)) if g not in emptiable)
-        widths.update((g, sensitivity.levels(int(wide[g]), shares)) for g in rest)
     others: dict[int, Sensitivity] = {}
-    if only is not None:
+    if only is None:
+        widths = _unusual_widths(wide, _shares(settings), emptiable)
+    else:
         widths = {g: np.asarray([0, wide[g]], np.int64) for g in only}
         others = {
             g: Sensitivity(wide[g : g + 1], np.zeros(1)) for g in range(len(wide)) if g not in only
@@ -209,6 +205,17 @@ def losses_of_groups(
         run,
         lambda found: sensitivity.fits(found, wide),
     )
+
+
+def _unusual_widths(
+    wide: Ints, shares: tuple[float, ...], emptiable: frozenset[int]
+) -> dict[int, Ints]:
+    """Widths at which losses are measured, of the groups for which these are not the default ones."""
+    widths = {g: np.append(0, sensitivity.levels(int(wide[g]), shares)) for g in emptiable}
+    if shares != sensitivity.LEVELS:
+        others = (g for g in range(len(wide)) if g not in emptiable)
+        widths.update((g, sensitivity.levels(int(wide[g]), shares)) for g in others)
+    return widths
 
 
 @dataclass
