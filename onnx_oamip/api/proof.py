@@ -15,6 +15,7 @@ from onnx_oamip.core.errors import GateFailed
 from onnx_oamip.core.records import (
     Latency,
     Measure,
+    Pruned,
     Verification,
 )
 from onnx_oamip.data.dataset import Samples
@@ -94,9 +95,7 @@ def prove(
     Raises:
         GateFailed: A gate does not hold.
     """
-    model = ready.model
-    samples = ready.samples
-    device = ready.device
+    model, samples, device = ready.model, ready.samples, ready.device
     pruned = result.pruned
     equivalence.structure(pruned.proto)
     masked = rewrite.mask(model, ready.coupling, result.plan.keep)
@@ -108,66 +107,74 @@ def prove(
     batches = equivalence.runs_at(
         model, final, samples, lambda: Session(model.proto, device, what=model.path)
     )
-    if result.plan.keep.all():
-        latency = None
-    else:
-        latency = _measured_latency(ready, result)
+    latency = None if result.plan.keep.all() else _measured_latency(ready, result)
     if ready.held_out is None:
-        return Verification(
-            proof.distance,
-            None,
-            None,
-            None,
-            None,
-            batches,
-            0,
-            latency=latency,
-            rounding=proof.rounding,
-            notes=_codes(proof),
+        measured = Verification(
+            masked_equivalence=None,
+            output_relative_error=None,
+            agreement=None,
+            accuracy_before=None,
+            accuracy_after=None,
+            batches=batches,
+            samples=0,
         )
-    answers = (
-        answers
-        or recorded_answers.answers(ready, ready.comparison_batch)
-        or equivalence.watch(model, objective, device, what=model.path)
-    )
-    size = ready.comparison_batch
-    found = equivalence.compare(
-        model,
-        objective,
-        answers,
-        final,
-        samples=ready.held_out,
-        batch_size=size,
-        progress=ready.progress,
-    )
-    equivalence.numbers(model, found)
-    raw: tuple[Measure, ...] = ()
-    if pruned.fits:
-        cut = equivalence.watch(model, objective, device, pruned.raw, "the cut model")
-        measured = equivalence.compare(
-            model, objective, answers, cut, samples=ready.held_out, batch_size=size
-        )
-        raw = measured.outputs
-    metric = None
-    if ready.metric is not None:
-        metric = equivalence.user_metric(
-            ready.metric,
-            model,
-            pruned.proto,
-            samples=ready.held_out,
-            device=device,
-            batch_size=size,
-        )
+    else:
+        measured = _measured_on(ready.held_out, ready, pruned, final, answers)
     return replace(
-        found,
-        outputs_before_refit=raw,
-        metric=metric,
+        measured,
         masked_equivalence=proof.distance,
         rounding=proof.rounding,
         batches=batches,
         latency=latency,
         notes=_codes(proof),
     )
+
+
+def _measured_on(
+    held_out: Samples,
+    ready: Context,
+    pruned: Pruned,
+    final: Session,
+    answers: equivalence.Answers | None,
+) -> Verification:
+    """Losses of the pruned model and of the cut one on held-out samples, and the values of the user's metric.
+
+    Raises GateFailed for an output that is no finite number where that of the original is one.
+    """
+    model, objective, device = ready.model, ready.objective, ready.device
+    size = ready.comparison_batch
+    answers = (
+        answers
+        or recorded_answers.answers(ready, size)
+        or equivalence.watch(model, objective, device, what=model.path)
+    )
+    found = equivalence.compare(
+        model,
+        objective,
+        answers,
+        final,
+        samples=held_out,
+        batch_size=size,
+        progress=ready.progress,
+    )
+    equivalence.numbers(model, found)
+    before_refit: tuple[Measure, ...] = ()
+    if pruned.fits:
+        cut = equivalence.watch(model, objective, device, pruned.raw, "the cut model")
+        before_refit = equivalence.compare(
+            model, objective, answers, cut, samples=held_out, batch_size=size
+        ).outputs
+    metric = None
+    if ready.metric is not None:
+        metric = equivalence.user_metric(
+            ready.metric,
+            model,
+            pruned.proto,
+            samples=held_out,
+            device=device,
+            batch_size=size,
+        )
+    return replace(found, outputs_before_refit=before_refit, metric=metric)
 
 
 def _codes(proof: equivalence.Proof) -> tuple[str, ...]:

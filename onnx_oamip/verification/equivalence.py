@@ -238,65 +238,59 @@ def prove(
     Source:
         Backward error: Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5.
     """
-    terms = objective.judged if objective is not None else ()
-    decided = {term.output for term in terms if term.decided}
-    exact = {term.output for term in terms if term.kind == "exact"}
-    names = [p.name for p in model.outputs if p.name not in decided - exact]
-    names += [term.tensor for term in terms if term.decided]
-    # The output of a saturating operator hides differences of large inputs: its input is compared too.
-    makers = [producer_with(model, name, Trait.SATURATES) for name in names]
-    wanted = list(dict.fromkeys([*names, *(node.inputs[0] for node in makers if node is not None)]))
-    # Where an output is proved at its source, any rounding may be reported.
-    most = np.full(len(wanted), ROUNDING_MOST)
-    most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
-    # Rounding must not depend on a provider's reduced precision: this is done on the CPU.
-    reference = Session(
-        with_outputs(model, wanted, masked),
-        "cpu",
-        what="the masked model",
-        exact=True,
-        lean=True,
-    )
-    other = Session(
-        with_outputs(model, wanted, cut),
-        "cpu",
-        what="the cut model",
-        exact=True,
-        lean=True,
-    )
-    found = differences(reference, other, samples, batch_size)
+    names, most = _proved_tensors(model, objective)
+
+    def session(proto: onnx.ModelProto, what: str) -> Session:
+        """A session on the CPU: rounding must not depend on a provider's reduced precision."""
+        compared = with_outputs(model, names, proto)
+        return Session(compared, "cpu", what=what, exact=True, lean=True)
+
+    reference = session(masked, "the masked model")
+    found = differences(reference, session(cut, "the cut model"), samples, batch_size)
     worst = float(found.max(initial=0.0))
     rounding = None
     allowed = np.full(len(found), tolerance(model))
     if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
         own = np.zeros(len(found))
         for draw in range(DRAWS):
-            moved = with_outputs(model, wanted, rounded(model, masked, draw))
-            twin = Session(moved, "cpu", what="the masked model", exact=True, lean=True)
+            twin = session(rounded(model, masked, draw), "the masked model")
             own = np.maximum(own, differences(reference, twin, samples, batch_size))
         place = int(found.argmax())
         rounding = float(own[place])
         allowed = np.maximum(allowed, np.minimum(ROUNDING * own, most))
-    if not (found <= allowed).all() and np.isfinite(found).all():
+    if (found <= allowed).all():
+        return Proof(worst, rounding)
+    if np.isfinite(found).all():
         # A code of an activation near a tie may be another one, which moves all that is computed from it.
-        pair = unrounded(masked), unrounded(cut)
-        if pair[0] is not None and pair[1] is not None:
-            one, two = (
-                Session(with_outputs(model, wanted, proto), "cpu", what=what, exact=True, lean=True)
-                for proto, what in zip(pair, ("the masked model", "the cut model"), strict=True)
-            )
-            if (differences(one, two, samples, batch_size) <= tolerance(model)).all():
+        masked_without_codes, cut_without_codes = unrounded(masked), unrounded(cut)
+        if masked_without_codes is not None and cut_without_codes is not None:
+            first = session(masked_without_codes, "the masked model")
+            second = session(cut_without_codes, "the cut model")
+            if (differences(first, second, samples, batch_size) <= tolerance(model)).all():
                 return Proof(worst, worst, is_unrounded=True)
-    if not (found <= allowed).all():
-        place = int((found / allowed).argmax())
-        explained = (
-            "" if rounding is None else f" and more than rounding explains ({own[place]:.0e})"
-        )
-        raise GateFailed(
-            f"the cut model differs from the masked original by {found[place]:.2e} of the scale of '{wanted[place]}', "
-            f"more than {tolerance(model):.0e}{explained}; nothing was written, please report this model."
-        )
-    return Proof(worst, rounding)
+    place = int((found / allowed).argmax())
+    explained = "" if rounding is None else f" and more than rounding explains ({own[place]:.0e})"
+    raise GateFailed(
+        f"the cut model differs from the masked original by {found[place]:.2e} of the scale of '{names[place]}', "
+        f"more than {tolerance(model):.0e}{explained}; nothing was written, please report this model."
+    )
+
+
+def _proved_tensors(model: Model, objective: Objective | None) -> tuple[list[str], Floats]:
+    """Tensors that masked equivalence compares, and the most that rounding may explain of each (tensors,)."""
+    terms = objective.judged if objective is not None else ()
+    decided = {term.output for term in terms if term.decided}
+    exact = {term.output for term in terms if term.kind == "exact"}
+    names = [port.name for port in model.outputs if port.name not in decided - exact]
+    names += [term.tensor for term in terms if term.decided]
+    # The output of a saturating operator hides differences of large inputs: its input is compared too.
+    makers = [producer_with(model, name, Trait.SATURATES) for name in names]
+    sources = [node.inputs[0] for node in makers if node is not None]
+    compared = list(dict.fromkeys([*names, *sources]))
+    # Where an output is proved at its source, any rounding may be reported.
+    most = np.full(len(compared), ROUNDING_MOST)
+    most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
+    return compared, most
 
 
 def same(
