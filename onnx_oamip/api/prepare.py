@@ -472,16 +472,8 @@ def open_context(
         objective = find_objective(model, settings, samples, held)
         metric = None if settings.metric is None else metrics.load(settings.metric)
         batch = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
-        # What does not run cannot be proved: say so before the work.
-        session = Session(model.proto, "cpu", what=model.path)
-        if source is None:
-            for _, feed in samples.batches(batch):
-                session.run(feed)
-        else:
-            samples = batching.tried(session, samples, batch)
-            held = batching.alike(session, samples, held)
-        unfused = (UNFUSED,) if session.unfused else ()
-        del session  # it holds a copy of the weights
+        is_random = source is None
+        samples, held, unfused = _tried(model, samples, held, batch, is_random=is_random)
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
     identity = {
         **_cache_identity(model, samples, settings, device),
@@ -514,10 +506,7 @@ def open_context(
         if returns:
             whole = Whole(replace(in_file, notes=model.notes), coupling, returns)
             coupling = taken_branches.coupling_of(coupling, model)
-        if settings.granularity == "unit":
-            _something_free(model, coupling)
-            if settings.strict:
-                _nothing_skipped(model, coupling)
+        _check_units(model, coupling, settings)
     return Context(
         model=model,
         coupling=coupling,
@@ -535,6 +524,31 @@ def open_context(
         clock=clock,
         whole=whole,
     )
+
+
+def _tried(
+    model: Model, samples: Samples, held: Samples | None, batch: int, *, is_random: bool
+) -> tuple[Samples, Samples | None, tuple[str, ...]]:
+    """Both sets of samples in batches in which the model runs, and notes about the kernels that it needs.
+
+    What does not run cannot be verified, which is reported before the work.
+    """
+    session = Session(model.proto, "cpu", what=model.path)
+    if is_random:
+        for _, feed in samples.batches(batch):
+            session.run(feed)
+    else:
+        samples = batching.tried(session, samples, batch)
+        held = batching.alike(session, samples, held)
+    return samples, held, (UNFUSED,) if session.unfused else ()
+
+
+def _check_units(model: Model, coupling: Coupling, settings: Settings) -> None:
+    """Raises BudgetNotMet where nothing can be removed, GateFailed under ``strict`` where some channels cannot."""
+    if settings.granularity == "unit":
+        _something_free(model, coupling)
+        if settings.strict:
+            _nothing_skipped(model, coupling)
 
 
 def _scored_by(given: Scores, settings: Settings, source: Source | None) -> Settings:

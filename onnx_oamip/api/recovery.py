@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -79,14 +80,13 @@ def recover(
         teacher, student = (models.load(p, stated=settings.shapes) for p in (original, pruned))
         check_interface(teacher, student)
         samples, held = samples_of(teacher, data, eval_data, settings)
-        teacher = dataset.at_data(teacher, samples)
-        student = dataset.at_data(student, samples)
+        teacher, student = (dataset.at_data(model, samples) for model in (teacher, student))
         check_output_shapes(teacher, student)
         session = Session(teacher.proto, device, what=teacher.path)
         samples = batching.tried(session, samples, settings.batch_size)
         held = batching.alike(session, samples, held)
         samples, judged = split(samples, held, settings.seed)
-        coupling, keep = planned_units(plan_file, teacher, student)
+        pair = Pair(teacher, student, *planned_units(plan_file, teacher, student))
     with clock("objective"):
         objective = find_objective(teacher, settings, samples, held)
         objective = at_outputs(teacher, objective, _other_tensors(teacher, student, objective))
@@ -94,7 +94,7 @@ def recover(
         objective = scale(teacher, objective, samples, device, batch_size=size)
     with clock("recover"):
         proto, found = recovery.run(
-            Pair(teacher, student, coupling, keep),
+            pair,
             objective,
             samples,
             judged,
@@ -133,15 +133,17 @@ def recover(
     )
     if target is None:
         return result
-    with Batch() as batch, clock("write"):
-        written = stage(batch, proto, target)
+    with clock("write"):
+        return _written(result, target)
+
+
+def _written(result: Recovered, target: Path) -> Recovered:
+    """The result with the file and its digest, after its model is written there."""
+    with Batch() as batch:
+        written = stage(batch, result.model, target)
         batch.commit()
         written.remove_stale()
-    return replace(
-        result,
-        output=str(target),
-        output_sha256=written.sha256,
-    )
+    return replace(result, output=str(target), output_sha256=written.sha256)
 
 
 def check_interface(original: Model, pruned: Model) -> None:
