@@ -203,32 +203,30 @@ def _problem(
     by_column = weight.reshape(outs, -1)[:, gram.columns]
     folded_weight = by_column.transpose(0, 2, 1).reshape(outs * folded, size)
 
+    has_matrix = gram.factor is None
     values = gram.values[block]
     mean = gram.mean[block]
     divisors = similar_scale(_variances(gram, values))
     if divisors is not None:
         values = values / divisors
-        if gram.factor is None:
+        if has_matrix:
             values = values / divisors[:, None]
         mean = mean / divisors
         folded_weight = folded_weight * divisors
     # Products of columns by columns, or of rows by rows, which have the same trace and the same norm.
-    if gram.factor is None:
-        products = values
-    else:
-        products = values @ values.T
+    products = values if has_matrix else values @ values.T
     shrunk = shrinkage(products, gram.rows, size)
     # The trace is kept: a strong ridge must not raise the loss of a consumer.
     ridge = float(shrunk * (np.trace(products) / (1 + shrunk)) / size + TINY)
+    ridged: Floats | None = None
+    factor: Floats | None = None
     # The variance of y, without the ridge: trace(W G W').
-    if gram.factor is None:
+    if has_matrix:
         variance = float(np.einsum("od,od->", folded_weight @ values, folded_weight))
         ridged = values / (1 + shrunk)
         ridged[np.diag_indices_from(ridged)] += ridge
-        factor = None
     else:
         variance = float(np.square(values @ folded_weight.T).sum())
-        ridged = None
         factor = values / np.sqrt(1 + shrunk)
     return Problem(
         consumer=consumer,

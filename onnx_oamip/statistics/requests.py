@@ -50,10 +50,7 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
 
 
 def _covariance(context: Context) -> Mapping[str, Gram]:
-    import numpy as np
-
     from onnx_oamip.artifacts import cache_entries
-    from onnx_oamip.data import overflow
     from onnx_oamip.data.feeds import Feeds
     from onnx_oamip.objective.position_weights import position_weights, weighting
     from onnx_oamip.statistics import covariances
@@ -65,16 +62,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     fitted = parts(context.samples)[0].first(GRAM_SAMPLES)
     # One feed is in memory at a time, so that all samples are read.
     feeds = Feeds(fitted, list(fitted.feed_indices(context.batch)))
-    cap = covariances.CAP
-    limit = None
-    if settings.max_memory is not None:
-        # Problems take several times the memory of the moments that they are made of.
-        most = settings.activation_memory_limit // 2
-    else:
-        most = COVARIANCE_BYTES
-    if settings.max_memory is not None or covariances.estimated_bytes(model, coupling) > most:
-        cap = covariances.cap(coupling, most)
-        limit = covariances.share(coupling, most)
+    cap, limit = _bounds_of_covariances(context)
 
     def collect() -> Mapping[str, Gram]:
         found = covariances.collect(
@@ -94,16 +82,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
                 power=COVARIANCE_POWER,
             ),
         )
-        for name, gram in found.items():
-            if not (np.isfinite(gram.values).all() and np.isfinite(gram.mean).all()):
-                data = next(c.data for c in coupling.consumers if c.node == name)
-                overflow.refuse(
-                    model,
-                    context.samples,
-                    data,
-                    device=context.device,
-                    batch_size=context.batch,
-                )
+        _refuse_overflow(context, found)
         return found
 
     def valid(entry: Mapping[str, Gram]) -> bool:
@@ -111,6 +90,40 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
 
     identity = {**context.cache_identity, **weighting(context.objective)}
     return context.store.recall(cache_entries.GRAMS, identity, collect, valid)
+
+
+def _bounds_of_covariances(context: Context) -> tuple[int, int | None]:
+    """Most columns of a covariance matrix, and most values of one; None where these are not limited."""
+    from onnx_oamip.statistics import covariances
+
+    model, coupling, settings = context.model, context.coupling, context.settings
+    if settings.max_memory is not None:
+        # Problems take several times the memory of the moments that they are made of.
+        most = settings.activation_memory_limit // 2
+    else:
+        most = COVARIANCE_BYTES
+        if covariances.estimated_bytes(model, coupling) <= most:
+            return covariances.CAP, None
+    return covariances.cap(coupling, most), covariances.share(coupling, most)
+
+
+def _refuse_overflow(context: Context, found: Mapping[str, Gram]) -> None:
+    """Raises DataError for covariances that are not finite; the message names the tensor."""
+    import numpy as np
+
+    from onnx_oamip.data import overflow
+
+    for name, gram in found.items():
+        if np.isfinite(gram.values).all() and np.isfinite(gram.mean).all():
+            continue
+        data = next(c.data for c in context.coupling.consumers if c.node == name)
+        overflow.refuse(
+            context.model,
+            context.samples,
+            data,
+            device=context.device,
+            batch_size=context.batch,
+        )
 
 
 def _class_samples(context: Context) -> Images | None:

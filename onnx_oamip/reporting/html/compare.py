@@ -109,37 +109,39 @@ def _latency(model: Document) -> Any:
     return None if not found or found["doubt"] else found
 
 
+def _row(model: Document, first: Sequence[str], last: Sequence[str]) -> list[str]:
+    """Cells of one model; ``first`` and ``last`` name measures in percent in front and at the end."""
+    found = model["verification"] or {}
+    ratio = _latency(model)
+    if ratio is None:
+        time = DASH
+    else:
+        bounds = f"{percent(ratio['low'])} to {percent(ratio['high'])}"
+        time = f"{percent(ratio['median'])} ({bounds})"
+    zipped = model["zip_bytes"]
+    shares = {kind.cost: percent(model["shares"][kind.cost]) for kind in COUNTED}
+    return [
+        model["name"],
+        shares["bytes"],
+        *(percent(found.get(name), 2) for name in first),
+        time,
+        shares["macs"],
+        shares["params"],
+        count(model["bytes"]),
+        DASH if zipped is None else count(zipped),
+        *(percent(found.get(name), 2) for name in last),
+        number(found.get("output_relative_error")),
+    ]
+
+
 def _models(value: Document) -> Section:
+    """Size, measures and time of every model, and their files."""
     models = value["compared_models"]
     has_labels = any((m["verification"] or {}).get("accuracy_after") is not None for m in models)
     # Deciding columns come first: a telephone shows three of them.
     first = {"accuracy_after": ">accuracy"} if has_labels else {"agreement": ">agreement"}
     last = {"agreement": ">agreement"} if has_labels else {}
-    rows = []
-    for model in models:
-        found = model["verification"] or {}
-        ratio = _latency(model)
-        time = (
-            DASH
-            if ratio is None
-            else f"{percent(ratio['median'])} ({percent(ratio['low'])} to {percent(ratio['high'])})"
-        )
-        zipped = model["zip_bytes"]
-        shares = {kind.cost: percent(model["shares"][kind.cost]) for kind in COUNTED}
-        rows.append(
-            [
-                model["name"],
-                shares["bytes"],
-                *(percent(found.get(name), 2) for name in first),
-                time,
-                shares["macs"],
-                shares["params"],
-                count(model["bytes"]),
-                DASH if zipped is None else count(zipped),
-                *(percent(found.get(name), 2) for name in last),
-                number(found.get("output_relative_error")),
-            ]
-        )
+    rows = [_row(model, tuple(first), tuple(last)) for model in models]
     columns = (
         "model",
         ">file",
