@@ -56,7 +56,7 @@ def recover(
         data: Samples, of which a fifth is held out if there are no evaluation data.
         settings: Options; ``recover`` is the effort (default ten minutes), ``augment`` the changes of samples.
         output: File to write, or None to write nothing.
-        plan_file: Plan that the model was pruned by; with it, narrower tensors inside the models are compared too.
+        plan_file: Plan that the model was pruned by; with it, narrower tensors are compared by the channels that are kept.
         eval_data: Samples to judge on.
         progress: Called as ``progress(stage, done, total)``.
         stop: Asked after every step; True ends training with the best so far.
@@ -236,7 +236,7 @@ def planned_units(
 
 
 def _of_channels(coupling: Coupling, rotated: Collection[str]) -> Coupling:
-    """The coupling without the axes of rotated groups: their components are no channels of the original."""
+    """The coupling without the axes of rotated groups, whose components are compared by projections of channels."""
     components = [group.units for group in coupling.groups if group.name in rotated]
     if not components:
         return coupling

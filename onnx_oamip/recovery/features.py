@@ -7,10 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.core.records import Bools, Coupling, Ints, Model, Node
+from onnx_oamip.core.records import Bools, Coupling, Floats, Ints, Model, Node
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops import Trait, consumers_by_tensor, has
 from onnx_oamip.graph.outputs import is_float
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Combinations of the channels of the original that the channels of the pruned model are compared with.
+
+    Attributes:
+        axis: Axis of the channels.
+        matrix: Weights of the combinations (channels of the original, channels of the pruned model).
+        shift: Constants that are added to them (channels of the pruned model,).
+    """
+
+    axis: int
+    matrix: Floats
+    shift: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +35,19 @@ class Feature:
     Attributes:
         tensor: Its name.
         kept: Pairs of an axis and the indices of the original that the pruned model has.
+        projection: Combinations of channels that the pruned model has in place of channels; None for channels.
     """
 
     tensor: str
     kept: tuple[tuple[int, Ints], ...] = ()
+    projection: Projection | None = None
+
+    @property
+    def narrowed(self) -> tuple[int, ...]:
+        """Axes along which the pruned model is narrower."""
+        if self.projection is not None:
+            return (self.projection.axis,)
+        return tuple(axis for axis, _ in self.kept)
 
 
 def features(

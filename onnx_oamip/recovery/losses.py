@@ -53,15 +53,22 @@ def objective_loss(terms: Sequence[Term], truth: Sequence[Tensor], found: Sequen
 
 
 def kept_channels(feature: Feature, tensor: Tensor) -> Tensor:
-    """Select the channels of a feature that the pruned model has.
+    """Select the channels of a feature that the pruned model has, or combine them.
 
     Args:
         feature: The feature.
         tensor: The original's tensor.
 
     Returns:
-        The tensor without the removed channels.
+        The tensor without the removed channels, or with combinations of channels in place of them.
     """
+    if feature.projection is not None:
+        matrix, shift = (
+            torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
+            for value in (feature.projection.matrix, feature.projection.shift)
+        )
+        axis = feature.projection.axis
+        return (tensor.movedim(axis, -1) @ matrix + shift).movedim(-1, axis)
     for axis, kept in feature.kept:
         tensor = tensor.index_select(axis, torch.as_tensor(kept, device=tensor.device))
     return tensor

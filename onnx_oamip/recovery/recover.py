@@ -17,7 +17,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import augmentation
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
-from onnx_oamip.recovery import features
+from onnx_oamip.recovery import features, projections
 from onnx_oamip.recovery.judge import Best, Judge, is_lower
 from onnx_oamip.recovery.task import Task
 
@@ -109,7 +109,7 @@ def run(
         original=pair.original,
         pruned=pair.pruned,
         objective=objective,
-        features=features.features(pair.original, pair.pruned, pair.coupling, pair.keep),
+        features=_features(pair, samples, device, size),
         samples=samples,
         judge=judge,
         device=torch_device,
@@ -152,6 +152,22 @@ def run(
         outputs_before=final.measures(pair.pruned.proto),
         outputs=final.measures(proto),
     )
+
+
+def _features(
+    pair: Pair, samples: Samples, device: str, batch_size: int
+) -> tuple[features.Feature, ...]:
+    """Tensors that are compared: by channels where these are known, else by combinations of them."""
+    by_channel = features.features(pair.original, pair.pruned, pair.coupling, pair.keep)
+    combined = projections.projected(
+        pair.original,
+        pair.pruned,
+        {feature.tensor for feature in by_channel},
+        samples,
+        device=device,
+        batch_size=batch_size,
+    )
+    return (*by_channel, *combined)
 
 
 def _refusal(best: Best) -> str:

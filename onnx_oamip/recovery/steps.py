@@ -174,7 +174,7 @@ class Run:
         for batch in itertools.islice(self.batches.unchanged(), VARIANCE_BATCHES):
             for feature in self.features:
                 value = batch.truth[feature.tensor]
-                axes = [axis for axis, _ in feature.kept] or [1 % value.dim()]
+                axes = feature.narrowed or (1 % value.dim(),)
                 others = [axis for axis in range(value.dim()) if axis not in axes]
                 totals[feature.tensor].append(float(value.var(others, correction=0).mean()))
         return [max(float(np.mean(totals[f.tensor])), SMALLEST) for f in self.features]

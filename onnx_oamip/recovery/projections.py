@@ -1,0 +1,135 @@
+"""Projections: features at which the channels of the pruned model are combinations of the original's.
+
+Such are principal components, and channels cut by another tool or without a known plan. There the pruned model is
+compared with the combinations of the original's channels that are nearest to its own values before training. With the
+channels x of the original and those z of the pruned model, these are ``P x + p`` of
+
+    minimise  sum_positions |P x + p - z|^2 + ridge |P|^2     over P and p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from onnx_oamip.core.cholesky import Cholesky
+from onnx_oamip.core.records import Array, Floats, Model
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.outputs import with_outputs
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.recovery.features import Feature, Projection, block_ends
+
+SAMPLES = 512
+"""Most samples that projections are fitted to."""
+MOST_CHANNELS = 2048
+"""Channels of the original above which none is fitted, which takes cubic time."""
+RIDGE = 1e-6
+"""Ridge, relative to the mean variance of the original's channels."""
+LEAST_EXPLAINED = 0.5
+"""Share of the variance of the pruned model's channels from which a projection is used."""
+
+
+def projected(
+    original: Model,
+    pruned: Model,
+    known: Collection[str],
+    samples: Samples,
+    *,
+    device: str,
+    batch_size: int,
+) -> tuple[Feature, ...]:
+    """Find further tensors at which both models can be compared, and fit their projections.
+
+    Args:
+        original: The original.
+        pruned: The pruned model before training.
+        known: Tensors that are compared already.
+        samples: Samples to fit to.
+        device: Device of ONNX Runtime.
+        batch_size: Samples of one run.
+
+    Returns:
+        Ends of blocks with fewer channels in the pruned model, in graph order, each with its projection; without those
+        whose channels are no combinations of the original's.
+    """
+    axes = _narrowed_axes(original, pruned, known)
+    if not axes:
+        return ()
+    fits = {name: _Fit(original.shapes[name][axis]) for name, axis in axes.items()}
+    names = list(axes)
+    sessions = [
+        Session(with_outputs(model, names), device, what=what)
+        for model, what in ((original, "the original"), (pruned, "the pruned model"))
+    ]
+    for _, feed in samples.first(SAMPLES).batches(batch_size):
+        wide, narrow = (session.run(feed, names) for session in sessions)
+        for name, x, z in zip(names, wide, narrow, strict=True):
+            fits[name].add(_rows(x, axes[name]), _rows(z, axes[name]))
+    found = []
+    for name, axis in axes.items():
+        solved = fits[name].solved()
+        if solved is not None:
+            found.append(Feature(name, projection=Projection(axis, *solved)))
+    return tuple(found)
+
+
+def _narrowed_axes(original: Model, pruned: Model, known: Collection[str]) -> dict[str, int]:
+    """Axis of the channels by tensor: the only one along which the pruned model is narrower."""
+    axes = {}
+    for name in block_ends(original):
+        wide, narrow = original.shapes.get(name), pruned.shapes.get(name)
+        if name in known or wide is None or narrow is None or len(wide) != len(narrow):
+            continue
+        other = [axis for axis in range(len(wide)) if wide[axis] != narrow[axis]]
+        if len(other) == 1 and narrow[other[0]] < wide[other[0]] <= MOST_CHANNELS:
+            axes[name] = other[0]
+    return axes
+
+
+def _rows(value: Array, axis: int) -> Floats:
+    """The channels of a tensor at all positions (positions, channels)."""
+    rows: Floats = np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis]).astype(np.float64)
+    return rows
+
+
+class _Fit:
+    """Sums of the least-squares problem of one tensor."""
+
+    def __init__(self, channels: int) -> None:
+        self._gram: Floats = np.zeros((channels, channels))
+        self._products: Floats | float = 0.0
+        self._squares = 0.0
+        self._sum_x: Floats = np.zeros(channels)
+        self._sum_z: Floats | float = 0.0
+        self._count = 0
+
+    def add(self, x: Floats, z: Floats) -> None:
+        """Add channels of the original, and those of the pruned model (positions, channels)."""
+        is_finite = np.isfinite(x).all(axis=1) & np.isfinite(z).all(axis=1)
+        x, z = x[is_finite], z[is_finite]
+        self._gram += x.T @ x
+        self._products = self._products + x.T @ z
+        self._squares += float(np.square(z).sum())
+        self._sum_x += x.sum(axis=0)
+        self._sum_z = self._sum_z + z.sum(axis=0)
+        self._count += len(x)
+
+    def solved(self) -> tuple[Floats, Floats] | None:
+        """The projection (channels, channels of the pruned model) and the shift; None where it explains too little."""
+        if not self._count:
+            return None
+        mean_x, mean_z = self._sum_x / self._count, np.asarray(self._sum_z / self._count)
+        covariance = self._gram / self._count - np.outer(mean_x, mean_x)
+        products = self._products / self._count - np.outer(mean_x, mean_z)
+        variance = self._squares / self._count - float(np.square(mean_z).sum())
+        size = len(covariance)
+        ridge = RIDGE * float(np.trace(covariance)) / size
+        if not ridge > 0 or not variance > 0:
+            return None
+        matrix = Cholesky.of(covariance + ridge * np.eye(size)).solve(products)
+        # The error of a ridge solution is at most the variance less the products with it.
+        explained = float((matrix * products).sum()) / variance
+        if explained < LEAST_EXPLAINED:
+            return None
+        return matrix, mean_z - mean_x @ matrix

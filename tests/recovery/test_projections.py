@@ -1,0 +1,111 @@
+"""Projections: combinations of the original's channels that a pruned model has in place of channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, load
+from onnx import numpy_helper
+
+from onnx_oamip.artifacts import plan_files
+from onnx_oamip.core.records import Array, Model
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.recovery.projections import projected
+
+STREAM = """(float[N, 8] x) => (float[N, 4] y)
+<float[8, {width}] w1, float[{width}] b1, float[{width}, 16] w2, float[16, 4] w3> {{
+    a = MatMul(x, w1)
+    c = Add(a, b1)
+    h = MatMul(c, w2)
+    r = Relu(h)
+    y = MatMul(r, w3)
+}}"""
+"""Channels between two linear layers: they may be exchanged for combinations of them."""
+
+
+def _with(folder: Path, width: int, **constants: Array) -> Model:
+    """The network at a width of its stream, with other values of the constants."""
+    proto = build(STREAM.format(width=width))
+    for held in proto.graph.initializer:
+        if held.name in constants:
+            value = constants[held.name].astype(np.float32)
+            held.CopyFrom(numpy_helper.from_array(value, held.name))
+    return load(proto, folder)
+
+
+@pytest.fixture
+def constants() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (8, 6), "b1": (6,), "w2": (6, 16)}
+    return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def _samples(model: Model) -> dataset.Samples:
+    values = np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32)
+    found = dataset.load({"x": values}, model)
+    assert found is not None
+    return found
+
+
+def test_projection_equals_the_change_of_basis(constants: dict[str, Array], tmp_path: Path) -> None:
+    """With z = x P + p in the weights of the pruned model, P and p are found."""
+    rng = np.random.default_rng(2)
+    basis, shift = rng.normal(size=(6, 3)), rng.normal(size=3)
+    original = _with(tmp_path, 6, **constants)
+    pruned = _with(
+        tmp_path,
+        3,
+        w1=constants["w1"] @ basis,
+        b1=constants["b1"] @ basis + shift,
+        w2=np.linalg.pinv(basis) @ constants["w2"],
+    )
+    samples = _samples(original)
+    (found,) = projected(original, pruned, (), samples, device="cpu", batch_size=32)
+    assert found.tensor == "c"
+    assert found.narrowed == (1,)
+    assert found.projection is not None
+    np.testing.assert_allclose(found.projection.matrix, basis, atol=1e-3)
+    np.testing.assert_allclose(found.projection.shift, shift, atol=1e-3)
+    assert not projected(original, pruned, ("c",), samples, device="cpu", batch_size=32)
+    assert not projected(original, original, (), samples, device="cpu", batch_size=32)
+
+
+def test_channels_that_are_no_combinations_are_left_out(
+    constants: dict[str, Array], tmp_path: Path
+) -> None:
+    """The original reads the first half of the input alone, and the channels of the other model the second half."""
+    first, second = np.ones((8, 1)), np.ones((8, 1))
+    first[4:] = second[:4] = 0
+    rng = np.random.default_rng(3)
+    original = _with(tmp_path, 6, w1=first * constants["w1"])
+    other = _with(tmp_path, 3, w1=second * rng.normal(size=(8, 3)))
+    assert not projected(original, other, (), _samples(original), device="cpu", batch_size=32)
+
+
+def test_channels_without_variance_are_left_out(tmp_path: Path) -> None:
+    original, pruned = (_with(tmp_path, width, w1=np.zeros((8, width))) for width in (6, 3))
+    assert not projected(original, pruned, (), _samples(original), device="cpu", batch_size=32)
+
+
+def test_recovery_with_a_plan_compares_principal_components(tmp_path: Path) -> None:
+    """The stream is kept as components, which no index of a channel names."""
+    pytest.importorskip("torch")
+    from onnx_oamip.api.pipeline import apply, plan
+    from onnx_oamip.api.recovery import recover
+
+    model, data = tmp_path / "model.onnx", tmp_path / "data.npz"
+    onnx.save_model(build(STREAM.format(width=12)), model)
+    np.savez(data, x=np.random.default_rng(0).normal(size=(240, 8)).astype(np.float32))
+    chosen = Settings.create(macs=0.4, align=1, task="values", device="cpu", force=True)
+    plan(model, data, tmp_path / "plan.json", chosen)
+    entries = plan_files.content(tmp_path / "plan.json").groups
+    assert any(entry.rotated for entry in entries)
+    apply(model, tmp_path / "plan.json", data, tmp_path / "out.onnx", {"force": True})
+    options = Settings.create(recover=3, task="values", device="cpu")
+    arguments = (tmp_path / "out.onnx", model, data, options)
+    found = recover(*arguments, plan_file=tmp_path / "plan.json")
+    assert "c" in found.recovery.features
