@@ -44,7 +44,7 @@ from onnx_oamip.core.command_settings import RECOVER
     heading="Recovery",
     type=MODEL,
     metavar="P.json",
-    help="The plan that PRUNED was made by: narrower tensors inside the models are then compared too.",
+    help="The plan that PRUNED was made by: narrower tensors are then compared by the channels that are kept.",
 )
 @option(
     "--keep-best",

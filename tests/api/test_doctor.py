@@ -14,7 +14,7 @@ from onnx_oamip.programs import solvers
 from onnx_oamip.programs.solvers import SolverRecord
 
 
-def test_healthy_installation(
+def test_healthy_installation_has_no_problems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONNX_OAMIP_CACHE", str(tmp_path))

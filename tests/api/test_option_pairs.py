@@ -280,7 +280,7 @@ FEW_ROWS = covering({**UNITS, "method": FEW_METHODS}, consistent)
         ),
     ],
 )
-def test_units(row: Row, tmp_path: Path) -> None:
+def test_pairs_of_options_meet_their_promises_for_units(row: Row, tmp_path: Path) -> None:
     path = given(tmp_path, row["net"])
     wanted = settings(row)
     try:
@@ -341,7 +341,7 @@ def test_option_rows_cover_every_pair() -> None:
 
 
 @pytest.mark.parametrize("row", covering(CONNECTIONS, lambda _: True), ids=name)
-def test_connections(row: Row, tmp_path: Path) -> None:
+def test_pairs_of_options_meet_their_promises_for_connections(row: Row, tmp_path: Path) -> None:
     path = given(tmp_path, row["net"])
     wanted = settings(row, granularity="connection")
     try:

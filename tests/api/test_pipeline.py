@@ -691,7 +691,7 @@ def test_large_models_store_weights_as_external_data(
 # ---------------------------------------------------------------------------------------------------------- compare
 
 
-def test_compare_two_files(task: Path) -> None:
+def test_comparison_of_files_equals_the_report_of_prune(task: Path) -> None:
     report = _prune(task)
     found = compare(task / "model.onnx", task / "out.onnx", task / "data.npz", settings())
     assert found.output_relative_error == report.verification.output_relative_error

@@ -339,7 +339,7 @@ def test_prune_document_records_settings_and_timings(pruned: Pruned) -> None:
     assert all(isinstance(seconds, float) for seconds in timings.values())
 
 
-def test_score_document(run: Run, place: Path) -> None:
+def test_score_writes_scores_and_states_their_method(run: Run, place: Path) -> None:
     result = run(
         "score",
         "model.onnx",
@@ -413,7 +413,7 @@ def test_score_document(run: Run, place: Path) -> None:
     assert set(document["versions"]) == VERSIONS
 
 
-def test_inspect_document(run: Run, place: Path) -> None:
+def test_inspect_lists_interface_groups_and_skipped_tensors(run: Run, place: Path) -> None:
     result = run("inspect", "model.onnx", "--json")
     assert (result.code, result.err) == (0, "")
     document = result.document
@@ -439,7 +439,7 @@ def test_inspect_document(run: Run, place: Path) -> None:
     }
 
 
-def test_verify_document(run: Run, place: Path) -> None:
+def test_verify_compares_costs_and_outputs_of_both_models(run: Run, place: Path) -> None:
     assert run(*PRUNE).code == 0
     result = run("verify", "model.onnx", "out.onnx", "--data", "data.npz", "--json")
     assert (result.code, result.err) == (0, "")
@@ -468,7 +468,9 @@ def test_verify_of_models_with_other_outputs_exits_1(run: Run, place: Path) -> N
     one_sentence(result)
 
 
-def test_bench_document(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_every_model_at_every_batch(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("onnx_oamip.verification.latency.peak_memory", lambda *_, **__: 1 << 20)
     perceptron(place / "wide.onnx", 64)
     models = ("model.onnx", "wide.onnx")
@@ -522,7 +524,7 @@ def test_bench_document(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {t["ratio"]["median"] for t in document["models"][0]["timings"]} == {1}
 
 
-def test_bench_on_data(run: Run, place: Path) -> None:
+def test_bench_measures_samples_of_the_data(run: Run, place: Path) -> None:
     result = run(
         "bench", "model.onnx", "--data", "data.npz", "--batch", 4, "--seconds", 0.05, "--json"
     )
@@ -573,7 +575,7 @@ def test_bench_usage_error_is_one_sentence(run: Run, place: Path, mistake: str) 
     assert word in result.err
 
 
-def test_solvers_document(run: Run) -> None:
+def test_solvers_lists_every_backend_with_its_licence(run: Run) -> None:
     result = run("solvers", "--json")
     assert (result.code, result.err) == (0, "")
     found = {s["name"]: s for s in result.document["solvers"]}
@@ -594,7 +596,7 @@ def test_solvers_document(run: Run) -> None:
     assert found["highs"]["version"] == result.document["versions"]["highspy"]
 
 
-def test_ops_document(run: Run) -> None:
+def test_ops_lists_operators_with_their_abilities(run: Run) -> None:
     result = run("ops", "--json")
     assert (result.code, result.err) == (0, "")
     table = {op["name"]: op for op in result.document["operators"]}
@@ -872,7 +874,7 @@ def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refi
     assert bool(document["fits"]) == (refit == "least-squares" and is_better)
 
 
-def test_scores_from_a_file(run: Run, place: Path) -> None:
+def test_plan_takes_scores_from_a_file(run: Run, place: Path) -> None:
     arguments = (
         "score",
         "model.onnx",
@@ -944,7 +946,9 @@ def test_evaluation_option_replaces_held_out_samples(run: Run, place: Path) -> N
     )
 
 
-def test_feeds_from_a_function(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feeds_of_a_function_are_samples(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("feeds_for_a_test.py").write_text(
         "import numpy as np\n"
         "def feeds():\n"

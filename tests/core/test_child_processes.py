@@ -22,7 +22,7 @@ def test_output_is_returned() -> None:
     assert not child_processes._running
 
 
-def test_failure_is_raised() -> None:
+def test_failure_of_a_child_is_raised() -> None:
     with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
         _run("raise SystemExit(3)")
 

@@ -34,7 +34,9 @@ def model(folder: Path, inputs: str) -> Model:
         ("float[N, 12] x", (4, 12), "other"),
     ],
 )
-def test_kind_of_an_input(declared: str, shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+def test_kind_of_an_input_follows_from_type_and_shape(
+    declared: str, shape: tuple[int, ...], kind: str, tmp_path: Path
+) -> None:
     loaded = model(tmp_path, declared)
     name = loaded.inputs[0].name
     assert augmentation.kinds(loaded, {name: shape}) == {name: kind}

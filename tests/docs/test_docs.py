@@ -104,7 +104,7 @@ def test_site_requests_nothing_from_other_hosts() -> None:
     assert not {"extra_css", "extra_javascript"} & set(SITE)
 
 
-def test_site_builds(tmp_path: Path) -> None:
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Strict: a warning, about a link or a docstring for example, fails the build."""
     pytest.importorskip("mkdocs", reason="needs the extra 'docs'")
     pytest.importorskip("mkdocstrings", reason="needs the extra 'docs'")

@@ -275,7 +275,7 @@ def convolutions(draw: st.DrawFn) -> tuple[str, int, int, int, tuple[int, ...], 
 
 @hypothesis_settings(max_examples=150)
 @given(convolutions(), st.integers(0, 99))
-def test_random_convolutions(
+def test_rows_times_weight_give_the_output_of_random_convolutions(
     case: tuple[str, int, int, int, tuple[int, ...], dict[str, object]], seed: int
 ) -> None:
     op, groups, ins, outs, size, attrs = case
@@ -306,7 +306,7 @@ def test_random_convolutions(
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 999))
-def test_pick(total: int, wanted: int, seed: int) -> None:
+def test_picked_rows_are_distinct_and_in_order(total: int, wanted: int, seed: int) -> None:
     rows = pick(total, wanted, np.random.default_rng(seed))
     assert len(rows) == min(total, wanted)
     assert (np.diff(rows) > 0).all()

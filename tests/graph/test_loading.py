@@ -167,7 +167,7 @@ def _external(folder: Path, location: str, payload: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("location", ["weights.bin", "parts/weights.bin"])
-def test_external_data(tmp_path: Path, location: str) -> None:
+def test_external_data_are_read_and_counted(tmp_path: Path, location: str) -> None:
     path = _external(tmp_path, location)
     model = models.load(path)
     original = build(NET)
@@ -491,7 +491,7 @@ def test_half_precision_inside_single_precision(tmp_path: Path) -> None:
     assert kinds == {"w1": "float16", "b1": "float16", "w2": "float16", "w3": "float32"}
 
 
-def test_bfloat16_weights(tmp_path: Path) -> None:
+def test_bfloat16_weights_are_used_in_single_precision(tmp_path: Path) -> None:
     """Stored in half the bytes and used in single precision."""
     proto = build(
         """(float[N,5] x) => (float[N,3] y) <bfloat16[5,8] w1, bfloat16[8,3] w2> {

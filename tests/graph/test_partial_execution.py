@@ -334,7 +334,7 @@ def test_needed_and_descendants_are_reachability(
     assert slicer.descendants(targets) == {i for i in range(len(listed)) if depends(i)}
 
 
-def test_captures_are_read(tmp_path: Path) -> None:
+def test_captures_of_branches_count_as_reads(tmp_path: Path) -> None:
     model = load(build(CAPTURES), tmp_path)
     slicer = Slicer(model.proto)
     branch = next(i for i, n in enumerate(slicer.nodes) if n.op_type == "If")

@@ -244,6 +244,6 @@ def test_pruning_twice_equals_pruning_at_once(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fuzz
-def test_many_random_graphs(folder: Path) -> None:
+def test_cuts_of_many_random_graphs_are_exact(folder: Path) -> None:
     _check_exactness(folder, 1000)
     _check_composition(folder, 1000)

@@ -50,7 +50,7 @@ def one_hot(classes: Sequence[int], count: int = 3) -> Array:
 # ------------------------------------------------------------------------------------------------------------- classes
 
 
-def test_agreement_of_classes() -> None:
+def test_unlabelled_classes_lose_points_of_agreement() -> None:
     found = measured(CLASSES, one_hot([0, 1, 2, 0]), one_hot([0, 1, 1, 0]))
     assert found.values["agreement"] == 0.75
     assert found.values["accuracy_before"] is None
@@ -76,7 +76,7 @@ def test_least_value_decides_where_the_term_says_so() -> None:
     assert measured(term, distances, near).values["agreement"] == 0.0
 
 
-def test_accuracy_of_classes() -> None:
+def test_labelled_classes_lose_points_of_accuracy() -> None:
     term = replace(CLASSES, labelled=True)
     found = measured(term, one_hot([0, 1, 2, 0]), one_hot([0, 1, 1, 0]), np.asarray([0, 1, 2, 1]))
     assert (found.values["accuracy_before"], found.values["accuracy_after"]) == (0.75, 0.5)
@@ -97,7 +97,7 @@ def test_labels_belong_to_the_labelled_term_alone() -> None:
     assert found.lost == 50.0
 
 
-def test_accuracy_by_position() -> None:
+def test_accuracy_counts_labels_by_position() -> None:
     """Labels of a segmenter: one for each pixel."""
     rng = np.random.default_rng(0)
     truth, found = rng.standard_normal((2, 4, 3, 5, 6))
@@ -184,7 +184,7 @@ def bits(text: str) -> Array:
         ("1111", "0000", 0.0, 0.0, None, ("agreement of decisions", 100.0)),
     ],
 )
-def test_binary_decisions(
+def test_binary_decisions_lose_by_their_worst_measure(
     before: str,
     after: str,
     agreement: float,

@@ -371,7 +371,7 @@ def test_cuts_reach_the_optimum(solver: str) -> None:
     assert end.cuts == end.program.n_rows == end.rounds - 1
 
 
-def test_cuts_on_whole_variables(solver: str) -> None:
+def test_cuts_on_whole_variables_reach_the_optimum(solver: str) -> None:
     end = solvers.solve_with_cuts(plane(integer=True), EXACT, circle, solver)
     assert end.closed
     assert end.solution.values is not None

@@ -87,7 +87,9 @@ def whole(loss: Loss, keep: Floats) -> float:
 
 @given(SEEDS, st.integers(1, 12), st.booleans(), st.integers(0, 2))
 @settings(max_examples=60)
-def test_quadratic_is_the_form(seed: int, units: int, thin: bool, dead: int) -> None:
+def test_quadratic_equals_the_form_on_sets_and_is_convex_between(
+    seed: int, units: int, thin: bool, dead: int
+) -> None:
     """On sets the parts add up to p'Qp; between them the loss lies above it, and is convex."""
     rng = np.random.default_rng(seed)
     q = matrix(rng, units, 1 + units // 2 if thin else None, min(dead, units - 1))

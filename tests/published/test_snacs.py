@@ -201,7 +201,7 @@ def test_phi_functions_equal_their_definition() -> None:
 
 
 @pytest.mark.parametrize("phi", ["weight", "weight_sq", "exp_weight", "none"])
-def test_every_phi_scores(tmp_path: Path, phi: str) -> None:
+def test_every_phi_gives_positive_scores(tmp_path: Path, phi: str) -> None:
     model, coupling, _, seen = _seen(tmp_path, "mlp", 200)
     found = find("snacs").score(model, coupling, seen, Settings.create(macs=0.5, phi=phi))
     assert (found.values > 0).all()

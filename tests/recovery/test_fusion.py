@@ -53,7 +53,7 @@ def test_written_out_gelu_is_one_node(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", OTHER)
-def test_other_chains_stay(form: str, tmp_path: Path) -> None:
+def test_other_chains_are_not_fused(form: str, tmp_path: Path) -> None:
     model = load(build(HEAD + OTHER[form]), tmp_path)
     assert operators(model) == [node.op for node in model.nodes]
     assert errors(model) < 1e-5

@@ -82,7 +82,7 @@ def _clamp(folder: Path, nodes: str, constants: str = "", more: str = "") -> Cla
         ("k = Add(c, a)  y = Relu(k)", ", float c = {2}", "Relu", (-2, np.inf)),
     ],
 )
-def test_bounds_of_a_clamp(
+def test_bounds_of_a_clamp_are_in_units_of_the_output(
     nodes: str, constants: str, op: str, bounds: tuple[float, float], tmp_path: Path
 ) -> None:
     found = _clamp(tmp_path, nodes, constants)

@@ -230,7 +230,7 @@ def test_inexact_folding_is_noted(tmp_path: Path, name: str) -> None:
     assert folded <= raw if name == "a weight of rank 3" else folded < 0.8 * raw
 
 
-def test_half_precision(tmp_path: Path) -> None:
+def test_constants_are_folded_in_half_precision(tmp_path: Path) -> None:
     model = load(build(EXACT["dense"].replace("float", "float16")), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, 0)

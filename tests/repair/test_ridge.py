@@ -116,7 +116,7 @@ def test_worse_bias_is_discarded() -> None:
     assert errors == (0.0, 0.0)
 
 
-def test_strengths() -> None:
+def test_ridges_are_powers_of_ten() -> None:
     """Powers of ten around a hundredth of the mean diagonal, in order."""
     np.testing.assert_allclose(np.log10(ridge.RIDGES), np.arange(-4, 2), atol=1e-12)
 

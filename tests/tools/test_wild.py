@@ -211,7 +211,9 @@ def test_decisions_are_judged_by_f1(tmp_path: Path, listed: manifest.Manifest) -
     ("first", "second", "distance"),
     [("kitten", "sitting", 3), ("", "abc", 3), ("same", "same", 0), ("ab", "ba", 2)],
 )
-def test_edit_distance(first: str, second: str, distance: int) -> None:
+def test_edits_count_insertions_deletions_and_substitutions(
+    first: str, second: str, distance: int
+) -> None:
     assert tasks.edits(first, second) == distance
 
 

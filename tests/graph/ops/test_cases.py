@@ -49,7 +49,9 @@ def test_names_are_unique() -> None:
     assert len(BY_NAME) == len(CASES)
 
 
-def test_units_and_reasons(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_case_has_the_stated_units_and_reasons(
+    case: OpCase, coupled: tuple[Model, Coupling]
+) -> None:
     _, coupling = coupled
     reasons = [p.reason for p in coupling.pinned]
     assert coupling.n_units == case.units, reasons
@@ -65,7 +67,9 @@ def test_pruned_model_equals_masked_model(case: OpCase, coupled: tuple[Model, Co
         assert_exact(model, coupling, keep, case.tolerance, _batches(case))
 
 
-def test_one_unit_a_group(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_cut_to_one_unit_per_group_equals_the_masked_model(
+    case: OpCase, coupled: tuple[Model, Coupling]
+) -> None:
     model, coupling = coupled
     keep = keep_one(coupling, np.random.default_rng(5))
     cut = assert_exact(model, coupling, keep, case.tolerance, _batches(case))

@@ -318,7 +318,9 @@ def test_units_behind_operators_without_a_form_are_included(tmp_path: Path, kind
 @pytest.mark.fuzz
 @settings(max_examples=30)
 @given(net=networks())
-def test_random_networks(tmp_path_factory: pytest.TempPathFactory, net: Network) -> None:
+def test_encoded_random_networks_equal_the_network(
+    tmp_path_factory: pytest.TempPathFactory, net: Network
+) -> None:
     """Every part of a network that can be encoded equals the network, whole and masked."""
     model = load(net.proto, tmp_path_factory.mktemp("net"))
     coupling = couple(model)
