@@ -38,8 +38,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [
-    "tests/graph/ops/test_cases.py::test_units_and_reasons",
-    "tests/graph/ops/test_cases.py::test_one_unit_a_group",
+    "tests/graph/ops/test_cases.py::test_case_has_the_stated_units_and_reasons",
+    "tests/graph/ops/test_cases.py::test_cut_to_one_unit_per_group_equals_the_masked_model",
 ]
 PLANS = [
     "tests/planning/test_allocation.py",

@@ -56,7 +56,7 @@ def recover(
         data: Samples, of which a fifth is held out if there are no evaluation data.
         settings: Options; ``recover`` is the effort (default ten minutes), ``augment`` the changes of samples.
         output: File to write, or None to write nothing.
-        plan_file: Plan that the model was pruned by; with it, narrower tensors are compared by the channels that are kept.
+        plan_file: Plan that the model was pruned by; narrower tensors are then compared by the channels that are kept.
         eval_data: Samples to judge on.
         progress: Called as ``progress(stage, done, total)``.
         stop: Asked after every step; True ends training with the best so far.

@@ -42,7 +42,7 @@ def recover(
         data: Samples, of which a fifth is held out if there are no evaluation data.
         settings: Options; ``recover`` is the effort (default ten minutes), ``augment`` the changes of samples.
         output: File to write. Default: the model stays in memory.
-        plan_file: Plan that the model was pruned by; with it, narrower tensors are compared by the channels that are kept.
+        plan_file: Plan that the model was pruned by; narrower tensors are then compared by the channels that are kept.
         eval_data: Samples to judge on.
         progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
         stop: Asked after every step; True ends training with the best so far.
