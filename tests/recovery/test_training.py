@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
 from onnx_oamip.core.errors import DataError, GateFailed, SettingsError
+from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.records import Objective, Plan, Scale, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.objective import compare
@@ -26,6 +27,8 @@ torch = pytest.importorskip("torch")
 from onnx_oamip.recovery import engine, losses, rates, training  # noqa: E402
 from onnx_oamip.recovery import recover as recovery  # noqa: E402
 from onnx_oamip.recovery.judge import Judge  # noqa: E402
+from onnx_oamip.recovery.task import Task  # noqa: E402
+from onnx_oamip.recovery.training import Trained  # noqa: E402
 
 NETWORK = """(float[N, 8] x) => (float[N, 4] y)
 <float[8, 24] w1, float[24] b1, float[24, 16] w2, float[16] b2, float[16, 4] w3> {
@@ -216,11 +219,23 @@ def test_time_ends_training(case: Path) -> None:
     assert 0 < found.recovery.seconds < 10
 
 
-def test_plan_of_the_model_adds_narrower_features(case: Path) -> None:
+def test_narrower_tensors_are_compared_by_channels_or_by_projections(
+    case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan names the kept channels; without one, all narrower tensors are compared by combinations of channels."""
+    compared = []
+
+    def train(task: Task, effort: Effort) -> Trained:
+        compared.append({f.tensor: (f.kept != (), f.projection is not None) for f in task.features})
+        return real(task, effort)
+
+    real = training.train
+    monkeypatch.setattr(training, "train", train)
     arguments = (case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=3))
-    assert set(recover(*arguments).recovery.features) < set(
-        recover(*arguments, plan_file=case / "plan.json").recovery.features
-    )
+    recover(*arguments, plan_file=case / "plan.json")
+    recover(*arguments)
+    assert compared[0] == {"a": (True, False), "c": (True, False), "s": (True, False)}
+    assert compared[1] == {"a": (False, True), "c": (False, True), "s": (False, True)}
 
 
 def test_plan_of_another_model_is_refused(case: Path) -> None:
