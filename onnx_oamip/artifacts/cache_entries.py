@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from onnx_oamip.artifacts import json_text
 from onnx_oamip.core.records import (
     Array,
     Fit,
@@ -44,18 +45,11 @@ class Kind(Generic[T]):
 
 def _as_text(value: Any) -> Array:
     """JSON of a value, as an array that needs no pickle."""
-    return np.asarray(json.dumps(value, default=_plain), np.str_)
+    return np.asarray(json.dumps(value, default=json_text.plain_number), np.str_)
 
 
 def _from_text(array: Array) -> Any:
     return json.loads(str(array))
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy as one of Python; anything else as text."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    return str(value)
 
 
 def _pack_moments(moments: Mapping[tuple[str, int], Moments]) -> dict[str, Array]:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 MAX_LINE_CHARACTERS = 110
 """Length up to which a small object is written on one line."""
 _DECODER = json.JSONDecoder()
@@ -61,6 +63,20 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"'{name}' stands twice in one object")
     return result
+
+
+def plain_number(value: Any) -> Any:
+    """Convert a value that JSON does not know, as ``default`` of ``json.dumps``.
+
+    Args:
+        value: The value.
+
+    Returns:
+        A number of numpy as one of Python; anything else as text.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return str(value)
 
 
 def line_of(text: str, path: Sequence[str | int]) -> int:

@@ -24,7 +24,6 @@ from onnx_oamip.artifacts.plan_schema import GroupEntry, PlanFile
 from onnx_oamip.artifacts.score_files import (
     first_channels,
     group_axes,
-    plain_number,
 )
 from onnx_oamip.core import budgets, notebook
 from onnx_oamip.core.atomic_files import write_bytes
@@ -237,7 +236,7 @@ def dumps(
         "skipped": skipped,
         "groups": groups,
     }
-    return json_text.compact(json.dumps(document, indent=2, default=plain_number)) + "\n"
+    return json_text.compact(json.dumps(document, indent=2, default=json_text.plain_number)) + "\n"
 
 
 def _group_entry(

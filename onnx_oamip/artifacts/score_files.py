@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_oamip.artifacts import json_text
 from onnx_oamip.artifacts.keep_maps import Mask
 from onnx_oamip.core.atomic_files import write_bytes
 from onnx_oamip.core.errors import DataError
@@ -175,7 +176,7 @@ def score_file(
         "tool_version": __version__,
         "method": scores.method,
         "settings": json.dumps(dict(settings)),
-        "programs": json.dumps(programs, default=plain_number),
+        "programs": json.dumps(programs, default=json_text.plain_number),
         "group_axes": json.dumps(listed),
     }
     arrays: dict[str, Any] = {
@@ -382,17 +383,3 @@ def first_channels(coupling: Coupling, group: Group, axis: Axis) -> Ints:
     labels = coupling.axes[axis]
     units, first = np.unique(labels, return_index=True)
     return np.asarray(first[np.searchsorted(units, group.units)], np.int64)
-
-
-def plain_number(value: Any) -> Any:
-    """Convert a value for JSON, as ``default`` of ``json.dumps``.
-
-    Args:
-        value: A value that JSON does not know.
-
-    Returns:
-        A number of numpy as one of Python; anything else as text.
-    """
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    return str(value)

@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data, subgraphs
-from onnx_oamip.graph.ops import Trait, has, kinds, views
+from onnx_oamip.graph.ops import Trait, domains, has, kinds, views
 
 SMALL = 64
 """Bytes of a constant that cost no more than the node that would compute it."""
@@ -479,4 +479,4 @@ class Constants(Mapping[str, Array]):
 
 def _is_plain(node: NodeProto) -> bool:
     """Tests for a node of ONNX's own domain without subgraphs."""
-    return node.domain in ("", "ai.onnx") and not subgraphs.all_bodies(node)
+    return node.domain in domains.STANDARD and not subgraphs.all_bodies(node)

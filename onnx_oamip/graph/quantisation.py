@@ -19,6 +19,7 @@ from onnx_oamip.core.errors import ModelError, SettingsError
 from onnx_oamip.core.options import QuantisationOptions
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data
+from onnx_oamip.graph.ops import domains
 from onnx_oamip.graph.runtime import quantiser, runtime_errors
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -96,7 +97,7 @@ def quantise(
         if _matrices(graph, INTEGERS):
             raise ModelError(f"{name} has weights of 8 bits already; give the model before int8.")
         kept = _kept(graph, options.keep_float, name)
-        per_channel = not options.per_tensor and _opset(graph) >= PER_CHANNEL_OPSET
+        per_channel = not options.per_tensor and domains.opset(graph) >= PER_CHANNEL_OPSET
         target = folder / "int8.onnx"
         common: dict[str, Any] = {
             "per_channel": per_channel,
@@ -134,10 +135,6 @@ def _kept(proto: ModelProto, patterns: tuple[str, ...], model: str) -> tuple[str
                 f"as {', '.join(names[:3])}."
             )
     return tuple(name for name in names if any(fnmatchcase(name, p) for p in patterns))
-
-
-def _opset(proto: ModelProto) -> int:
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
 
 
 def _matrices(proto: ModelProto, types: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from onnx import ModelProto, NodeProto
 
 from onnx_oamip.graph import subgraphs
-from onnx_oamip.graph.ops import kinds
+from onnx_oamip.graph.ops import domains, kinds
 from onnx_oamip.graph.ops.draws import can_be_written_out, written_out
 
 
@@ -35,7 +35,7 @@ def remarks(proto: ModelProto) -> list[str]:
     Returns:
         Notes for reports; empty if nothing is drawn.
     """
-    opset = _opset(proto)
+    opset = domains.opset(proto)
     found = draws(proto)
     fixed = sorted({node.op_type for node in found if can_be_written_out(node, opset)})
     free = sorted({node.op_type for node in found if not can_be_written_out(node, opset)})
@@ -53,11 +53,6 @@ def remarks(proto: ModelProto) -> list[str]:
     return notes
 
 
-def _opset(proto: ModelProto) -> int:
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
-    return versions.get("", versions.get("ai.onnx", 0))
-
-
 def repeatable(proto: ModelProto) -> ModelProto:
     """Replace draws of uniform, normal and Bernoulli numbers by fixed numbers of the same distribution.
 
@@ -68,7 +63,7 @@ def repeatable(proto: ModelProto) -> ModelProto:
         A model whose runs all draw the same; the same object if nothing is drawn, or if its opset lacks
         the operators.
     """
-    opset = _opset(proto)
+    opset = domains.opset(proto)
     if not any(can_be_written_out(node, opset) for node in draws(proto)):
         return proto
     result = ModelProto()

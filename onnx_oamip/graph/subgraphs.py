@@ -22,7 +22,7 @@ from onnx import (
 )
 
 from onnx_oamip.core.errors import ModelError
-from onnx_oamip.graph.ops import Trait, build, has, kinds
+from onnx_oamip.graph.ops import Trait, build, domains, has, kinds
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 OF_FUNCTION = "onnx_oamip.of_function"
@@ -257,7 +257,7 @@ def _inlined_size(proto: ModelProto) -> int:
     def size(called: Iterable[NodeProto]) -> int:
         total = 0
         for node in called:
-            key = (_domain(node.domain), node.op_type, node.overload)
+            key = (domains.plain(node.domain), node.op_type, node.overload)
             if key in function_nodes and key not in sizes:
                 sizes[key] = None
                 sizes[key] = size(function_nodes[key])
@@ -274,11 +274,7 @@ def _inlined_size(proto: ModelProto) -> int:
 
 
 def _function_key(function: FunctionProto) -> FunctionKey:
-    return _domain(function.domain), function.name, function.overload
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name
+    return domains.plain(function.domain), function.name, function.overload
 
 
 # ------------------------------------------------------------------------------------------------------ flattening

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from onnx_oamip.graph.ops import domains
 from onnx_oamip.graph.ops.shape_values import compute, evaluate_all, has_rule
 from onnx_oamip.graph.symbolic_dims import (
     LIMIT,
@@ -57,7 +58,7 @@ def follow(
     }
     for node in nodes:
         names = [name for name in node.output if name in dtypes]
-        if node.domain not in ("", "ai.onnx") or not names or not node.input:
+        if node.domain not in domains.STANDARD or not names or not node.input:
             continue
         try:
             found = _outputs(node, values, dims, dtypes=dtypes, version=version)

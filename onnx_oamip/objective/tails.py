@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_oamip.core.records import Node
 from onnx_oamip.core.records.objective import Form, Kind, Term
-from onnx_oamip.graph.ops import Trait, has, kinds
+from onnx_oamip.graph.ops import Trait, domains, has, kinds
 from onnx_oamip.graph.ops.compositions import mask_fill, mixture, sigmoid, softmax, unit_vectors
 from onnx_oamip.objective.structure import DEPTH, Graph, Origin
 
@@ -37,7 +37,7 @@ class Tails:
         suppressed = [
             n
             for n in self.graph.model.nodes
-            if n.op == "NonMaxSuppression" and n.domain in ("", "ai.onnx")
+            if n.op == "NonMaxSuppression" and n.domain in domains.STANDARD
         ]
         self.boxes = frozenset(
             name for n in suppressed for name in self.graph.trace(n.inputs[0]).seen

@@ -24,7 +24,7 @@ from scipy.special import expit
 
 from onnx_oamip.core.records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Node
 from onnx_oamip.graph.linear_layers import Editor
-from onnx_oamip.graph.ops import recurrent
+from onnx_oamip.graph.ops import domains, recurrent
 from onnx_oamip.graph.ops.handles import operand
 from onnx_oamip.graph.partial_execution import Frontier, stream
 from onnx_oamip.objective.position_weights import PositionWeights
@@ -94,7 +94,7 @@ def layer(node: Node, model: Model) -> Layer | None:
         The layer; None for other operators, computed weights, and layouts with the samples in front.
     """
     gates = recurrent.GATES.get(node.op)
-    if gates is None or node.domain not in ("", "ai.onnx") or node.attrs.get("layout", 0):
+    if gates is None or node.domain not in domains.STANDARD or node.attrs.get("layout", 0):
         return None
     w, r = (model.constants.get(name) for name in node.inputs[1:3])
     if w is None or r is None or min(w.dtype.itemsize, r.dtype.itemsize) < SINGLE_BYTES:

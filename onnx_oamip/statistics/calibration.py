@@ -27,7 +27,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.overflow import refuse
-from onnx_oamip.graph.ops import build
+from onnx_oamip.graph.ops import build, domains
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.statistics.requests import MOMENTS
@@ -197,7 +197,7 @@ def _instrument(model: Model, axes: list[Axis]) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     graph = proto.graph
-    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = domains.opset(proto)
     del graph.output[:]
     cast: dict[str, str] = {}
     for i, (tensor, axis) in enumerate(axes):

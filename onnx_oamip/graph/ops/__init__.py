@@ -18,6 +18,7 @@ from onnx_oamip.graph.ops import (
     attention,
     build,
     control,
+    domains,
     einsum,
     elementwise,
     indexed,
@@ -84,11 +85,6 @@ def _index(specs: tuple[OpSpec, ...]) -> dict[tuple[str, str], list[OpSpec]]:
 _TABLE = _index(REGISTRY)
 
 
-def _plain_domain(domain: str) -> str:
-    """The default domain has two names."""
-    return "" if domain == "ai.onnx" else domain
-
-
 def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     """Find the entry of an operator.
 
@@ -100,7 +96,7 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     Returns:
         The entry, or None where the operator is not supported.
     """
-    for spec in _TABLE.get((_plain_domain(domain), name), ()):
+    for spec in _TABLE.get((domains.plain(domain), name), ()):
         if spec.since <= version <= (spec.until or version):
             return spec
     return None
@@ -117,7 +113,7 @@ def has(node: Node | NodeProto, traits: Trait) -> bool:
         True if the operator has one of them, at any version.
     """
     name = node.op if isinstance(node, Node) else node.op_type
-    specs = _TABLE.get((_plain_domain(node.domain), name), ())
+    specs = _TABLE.get((domains.plain(node.domain), name), ())
     return any(spec.traits & traits for spec in specs)
 
 

@@ -15,7 +15,7 @@ from onnx_oamip.core.records import (
     Floats,
     Node,
 )
-from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops import domains, maps
 from onnx_oamip.graph.ops.handles import LabelAxis, Labels, Refused, Terms, operand
 from onnx_oamip.graph.ops.spec import NO_TRAITS, ChannelRule, EncodeRule, LikeInput, OpSpec, Trait
 
@@ -212,7 +212,7 @@ def clamp_bounds(node: Node, constants: Mapping[str, Array]) -> tuple[float, flo
         (lower, upper), infinite where there is none; None for a node that is no clamp, and for bounds that are computed
         or differ between elements.
     """
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in domains.STANDARD:
         return None
     if node.op == "Relu":
         return 0.0, np.inf

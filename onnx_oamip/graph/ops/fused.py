@@ -21,6 +21,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.printable import shortened
+from onnx_oamip.graph.ops import domains
 
 CONTRIBUTED = "com.microsoft"
 LAYER_NORMALIZATION_SINCE = 17
@@ -541,5 +542,4 @@ def write_out(proto: ModelProto) -> tuple[str, ...]:
 
 
 def _writer(node: NodeProto) -> Callable[[_Parts], bool] | None:
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    return _WRITERS.get((domain, node.op_type))
+    return _WRITERS.get((domains.plain(node.domain), node.op_type))

@@ -27,7 +27,7 @@ from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph import chains
 from onnx_oamip.graph.linear_layers import linear_consumers
-from onnx_oamip.graph.ops import Trait, build, has, taps
+from onnx_oamip.graph.ops import Trait, build, domains, has, taps
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.published.dependence.requests import Pooled
@@ -239,7 +239,7 @@ def _instrument(model: Model, targets: _Pools) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     graph = proto.graph
-    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = domains.opset(proto)
     del graph.output[:]
     cast: dict[str, str] = {}
 

@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph.linear_layers import matrix
-from onnx_oamip.graph.ops import build
+from onnx_oamip.graph.ops import build, domains
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.published.nnrelief.branches import (
@@ -222,7 +222,7 @@ def _instrument(model: Model, targets: _Signals) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     graph = proto.graph
-    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = domains.opset(proto)
     del graph.output[:]
     magnitudes: dict[str, str] = {}
 
