@@ -24,9 +24,9 @@ from onnx_oamip.reporting.html.layout import (
     render,
 )
 from onnx_oamip.reporting.html.page import ROWS, largest, limited
-from onnx_oamip.reporting.html.wording import DASH, count, number, percent, plural, short
+from onnx_oamip.reporting.html.wording import DASH, count, number, percent, short
 from onnx_oamip.reporting.side_by_side import lost
-from onnx_oamip.reporting.tables.parts import points
+from onnx_oamip.reporting.tables.parts import plural, points
 
 
 def compare_page(value: Document) -> bytes:

@@ -35,10 +35,9 @@ from onnx_oamip.reporting.html.wording import (
     count,
     number,
     percent,
-    plural,
     short,
 )
-from onnx_oamip.reporting.tables.parts import latency_cell
+from onnx_oamip.reporting.tables.parts import latency_cell, plural
 
 ASKED = tuple(name for name in Settings.model_fields if name not in ("macs", "force"))
 """Settings that the command ``frontier`` has as options."""

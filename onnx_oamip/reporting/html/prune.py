@@ -43,7 +43,6 @@ from onnx_oamip.reporting.html.wording import (
     count,
     number,
     percent,
-    plural,
     short,
 )
 from onnx_oamip.reporting.tables.parts import (
@@ -52,6 +51,7 @@ from onnx_oamip.reporting.tables.parts import (
     drop_choice,
     latency_bounds,
     latency_interval,
+    plural,
     points,
 )
 

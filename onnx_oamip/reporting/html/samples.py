@@ -9,7 +9,8 @@ from typing import Any
 from onnx_oamip.core.records import ContactSheet
 from onnx_oamip.data.images import jpeg
 from onnx_oamip.reporting.html.layout import Block, Note, Pairs, Part, Picture, Section
-from onnx_oamip.reporting.html.wording import DASH, plural
+from onnx_oamip.reporting.html.wording import DASH
+from onnx_oamip.reporting.tables.parts import plural
 
 LEAD = "Colours, orientation and brightness should look right; the wrong order of channels, scale or layout shows here."
 

@@ -81,16 +81,3 @@ def number(value: float | None) -> str:
     if value is None:
         return DASH
     return f"{value:.3g}"
-
-
-def plural(value: int, noun: str) -> str:
-    """Formats a count with its noun: 1 group, 2 groups.
-
-    Args:
-        value: The count.
-        noun: The noun in singular.
-
-    Returns:
-        The text.
-    """
-    return f"{value:,} {noun}{'' if value == 1 else 's'}"

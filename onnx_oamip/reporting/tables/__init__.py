@@ -25,7 +25,6 @@ from onnx_oamip.reporting.tables.parts import (
     checks,
     connection_rows,
     costs,
-    count,
     fit_rows,
     grid,
     latency_rows,
@@ -35,6 +34,7 @@ from onnx_oamip.reporting.tables.parts import (
     operator_name,
     output_rows,
     percent,
+    plural,
     point_table,
     points,
     program_rows,
@@ -221,9 +221,9 @@ def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
     names = [path.name for path in paths]
     if len(set(names)) != len(set(paths)):  # file names are not enough to tell the models apart
         names = [str(path) for path in paths]
-    threads = f", {count(value['threads'], 'thread')}" if value["threads"] else ""
+    threads = f", {plural(value['threads'], 'thread')}" if value["threads"] else ""
     for place, batch in enumerate(value["batch"]):
-        yield Text(f"{count(batch, 'sample')} a run on {value['device']}{threads}")
+        yield Text(f"{plural(batch, 'sample')} a run on {value['device']}{threads}")
         table = grid("model", ">p50 ms", ">p95 ms", ">samples/s", ">peak MiB", ">time, 95 %")
         for model, name in zip(value["models"], names, strict=True):
             timing = model["timings"][place]
@@ -313,7 +313,7 @@ def _doctor(value: Document, console: Console) -> Iterator[RenderableType]:
     table = grid("", "finding", header=False)
     table.add_row("system", cell(system["platform"]))
     free = f"{system['free_memory'] / 2**30:.1f} GiB free"
-    table.add_row("hardware", f"{count(system['processors'], 'processor')}, {free}")
+    table.add_row("hardware", f"{plural(system['processors'], 'processor')}, {free}")
     for package, version in value["versions"].items():
         table.add_row(package, version or "not installed")
     table.add_row("providers", cell(", ".join(value["providers"])))
@@ -408,9 +408,9 @@ def _int8(value: Document, _: Console) -> Iterator[RenderableType]:
         table.add_row(name, f"{before[key]:,}", f"{after[key]:,}", share)
     yield table
     weights = value["weights"]
-    samples = f" from {count(value['samples'], 'sample')}" if value["samples"] else ""
+    samples = f" from {plural(value['samples'], 'sample')}" if value["samples"] else ""
     yield Text(
-        f"{count(weights['int8'], 'weight')} int8, {weights['float']:,} left as they are; ranges {value['ranges']}"
+        f"{plural(weights['int8'], 'weight')} int8, {weights['float']:,} left as they are; ranges {value['ranges']}"
         f"{samples}"
     )
     if value["notes"]:

@@ -198,7 +198,7 @@ def drop_choice(value: Document) -> str:
     whole = value["before"]["macs"]
     text = (
         f"`max_drop={allowed:g}` keeps {percent(chosen[-1]['macs'] / whole)} of the MACs, the fewest of "
-        f"{count(len(value['tried']), 'plan')} that lose at most {allowed:g} ({points(chosen[-1]['lost'])} of "
+        f"{plural(len(value['tried']), 'plan')} that lose at most {allowed:g} ({points(chosen[-1]['lost'])} of "
         f"{chosen[-1]['measure']})"
     )
     smaller = [t for t in measured if t["lost"] > allowed and t["macs"] < chosen[-1]["macs"]]
@@ -303,7 +303,7 @@ def assumption_rows(model: Document) -> Iterator[RenderableType]:
         sizes = ", ".join(f"{name} = {length:,}" for name, length in lengths.items())
         lines.append(f"sizes assumed: {sizes}; --shape NAME=LENGTHS states others.")
     for record in model["uncounted"]:
-        nodes = count(len(record["nodes"]), "node")
+        nodes = plural(len(record["nodes"]), "node")
         lines.append(f"not in the MACs: {record['operator']} ({nodes}), {record['reason']}")
     if lines:
         yield Text("\n".join(lines))
@@ -327,7 +327,7 @@ def connection_rows(found: Document, console: Console) -> Iterator[RenderableTyp
             cell(layer["node"]), f"{layer['total']:,}", f"{layer['kept']:,}", bar(share, console)
         )
     yield from limited(table, found["layers"], "layers")
-    rounds = count(len(found["rounds"]), "round")
+    rounds = plural(len(found["rounds"]), "round")
     yield Text(f"{found['compression']:.1f} times fewer connections after {rounds}")
 
 
@@ -437,7 +437,7 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
         before = percent(verification["accuracy_before"], digits=2)
         after = percent(verification["accuracy_after"], digits=2)
         few = verification["samples"] < FEW_SAMPLES
-        of = f" of {count(verification['samples'], 'sample')}" if few else ""
+        of = f" of {plural(verification['samples'], 'sample')}" if few else ""
         table.add_row("accuracy", f"{before} -> {after}{of}")
     metric = verification["metric"]
     if metric is not None:
@@ -450,7 +450,7 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
         table.add_row("largest drop allowed", cell(f"{max_drop:g} {unit}"))
     table.add_row(
         "measured on",
-        count(verification["samples"], "sample") if verification["samples"] else "no data",
+        plural(verification["samples"], "sample") if verification["samples"] else "no data",
     )
     if verification["batches"]:
         table.add_row("ran at batch", ", ".join(str(b) for b in verification["batches"]))
@@ -642,7 +642,7 @@ def percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     """Formats a count with its noun: 1 round, 2 rounds.
 
     Args:
