@@ -91,7 +91,7 @@ def lazy_rule(module: str, name: str = "score") -> ScoreRule:
 
 
 def _oamip_requests(settings: Settings) -> Requests:
-    """Programs over the whole network need samples of every class; the layer-wise programs do not."""
+    """Statistics that OAMIP reads; samples of every class only for programs over the whole network."""
     if settings.mode == "decoupled":
         return LAYER_WISE
     return LAYER_WISE | {CLASS_SAMPLES}
@@ -133,7 +133,7 @@ _BUILT_IN = {
 
 
 def _as_method(plugin: Method | ScoreRule) -> Method:
-    """A bare rule becomes a method that reads moments and is described by its docstring."""
+    """Wrap a bare rule as a method that reads moments and is described by its docstring."""
     if isinstance(plugin, Method):
         return plugin
     text = (plugin.__doc__ or "").strip()

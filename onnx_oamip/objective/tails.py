@@ -208,7 +208,7 @@ class Tails:
         return len(read) == len(parts) > 1
 
     def _reduced(self, origin: Origin, node: Node) -> list[Term]:  # noqa: ARG002
-        """The largest of several probabilities is decided by all of them."""
+        """Terms of the probabilities of which a node takes the largest: all of them decide which it is."""
         if node.op not in ("ReduceMax", "TopK") or not self.probable(node.inputs[0]):
             return []
         return [
@@ -471,7 +471,7 @@ def _called(node: Node, usual: str) -> str:
 
 
 def _distinct(terms: Iterable[Term]) -> list[Term]:
-    """One term for each slice of a tensor; a comparison with 0 of what is read as values too says nothing more."""
+    """One term for each slice of a tensor; a comparison with 0 is dropped where the slice has another term."""
     found: dict[object, Term] = {}
     for term in terms:
         key = (term.tensor, term.part)

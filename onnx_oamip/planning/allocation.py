@@ -304,6 +304,8 @@ def least(floor: Floats | float, step: Ints, full: Ints) -> Ints:
 
 ROUNDING = 1e-9
 """A share of a group that is a whole number of units but for rounding is that number."""
+FULLY_USED = 0.998
+"""Share of a limit from which groups are not widened any more."""
 RUNGS = 12
 """Widths per group that the first budget program chooses from."""
 DENSE, GROWTH = 4, 3
@@ -374,7 +376,7 @@ def _programmed(
 
 
 def _spread(at: int, count: int) -> Ints:
-    """Places around one of them, at growing distances: near ones to settle on, and far ones to move to."""
+    """Indices of rungs around one of them: all near ones, and others at growing distances."""
     powers = int(np.ceil(np.log(max(count, 2)) / np.log(GROWTH)))
     distances = np.union1d(np.arange(1, DENSE + 1), GROWTH ** np.arange(powers))
     places = np.concatenate([at - distances, [at], at + distances])
@@ -398,7 +400,7 @@ def steps(
     *,
     known: int | None = None,
 ) -> Ints:
-    """Determine the alignment step of each group: a unit that holds several channels needs fewer of itself.
+    """Determine the alignment step of each group, in units: one that holds several channels counts as many.
 
     ``auto`` measures the step of convolutions on the device. It holds for groups of their channels alone, as no other
     layer was measured, and is never more than a quarter of a group: a narrow layer has little time to win and much to
@@ -522,21 +524,24 @@ def _fill(
     ceiling: Ints,
     full: Ints,
 ) -> Ints:
-    """Give back single steps while they fit, the group of the largest kept share lost first.
+    """Widen groups by single steps while the limits hold, always the group of the smallest kept share.
 
     Widths are multiples of the step or full, before and after.
     """
     widths = widths.copy()
-    stuck = widths >= ceiling
-    while not stuck.all() and max(limit.shares(ledger.cost(widths)).values(), default=1.0) < 0.998:
-        g = int(np.argmin(np.where(stuck, np.inf, widths / full)))
+    is_done = widths >= ceiling
+    while not is_done.all():
+        used = max(limit.shares(ledger.cost(widths)).values(), default=1.0)
+        if used >= FULLY_USED:
+            break
+        g = int(np.argmin(np.where(is_done, np.inf, widths / full)))
         wider = widths.copy()
         wider[g] = min(widths[g] + step[g], full[g])
         if wider[g] <= ceiling[g] and limit.holds(ledger.cost(wider)):
             widths = wider
-            stuck[g] = widths[g] >= ceiling[g]
+            is_done[g] = widths[g] >= ceiling[g]
         else:
-            stuck[g] = True
+            is_done[g] = True
     return widths
 
 
@@ -594,7 +599,7 @@ def _advice(
     step: Ints,
     fits: Callable[[Ints], bool],
 ) -> str:
-    """Settings with a lower bound on widths that binds: those without which the budget can be met."""
+    """Clause that names the settings without which the budget can be met, or another way out."""
     full = full_widths(coupling)
     floors = _floors(settings)
     others = _others(coupling, settings)

@@ -325,7 +325,7 @@ def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
 
 
 def _emptied_loss(curve: Sensitivity) -> float | None:
-    """Loss of a group without units; None for one that was not measured so, as it only serves another one."""
+    """Loss of a group without units; None where that was not measured, as for a group that serves another one."""
     return float(curve.loss[0]) if curve.widths[0] == 0 else None
 
 

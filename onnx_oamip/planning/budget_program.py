@@ -107,7 +107,7 @@ class Ladder:
 
 
 def fewest_units(ladder: Ladder, max_loss: float) -> Ladder:
-    """Exchange objective and constraint: as few units as possible within a bound on the summed loss.
+    """Make a ladder for the fewest units within a bound on the summed loss: objective and constraint are exchanged.
 
     Args:
         ladder: Candidate widths and losses.
@@ -125,7 +125,7 @@ def fewest_units(ladder: Ladder, max_loss: float) -> Ladder:
 
 
 def within_loss(ladder: Ladder, max_loss: float) -> Ladder:
-    """Bound the summed loss, and minimise it within the budgets.
+    """Make a ladder for the least summed loss within the budgets and a bound on it.
 
     Args:
         ladder: Candidate widths and losses.
@@ -342,7 +342,7 @@ def _is_better(budget: _Budget, level: Ints, other: Ints | None) -> bool:
 
 
 def _columns(budget: _Budget, formulation: _Formulation, groups: Sequence[str]) -> list[str]:
-    """Names of the variables: the least width that a threshold stands for, then the auxiliary ones."""
+    """Names of the variables: one per threshold, by its group and least width, then those of products."""
     levels = budget.levels
     has_threshold = np.ones(len(levels.group), bool)
     has_threshold[budget.first] = False

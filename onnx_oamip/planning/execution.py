@@ -35,8 +35,8 @@ from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import MOMENTS
 
 REFIT, EQUAL_ROWS, AUGMENTED, WITHOUT = "refit", "refit_of_equal_rows", "refit_with_copies", "none"
-"""Names of what is compared by loss: the refit, one that does not count rare decisions more, one with augmented copies
-of the samples, and no refit."""
+"""Names of the models that are compared by loss: the refit, one that does not weight rare decisions, one with augmented
+copies of the samples, and the cut model without a refit."""
 LENIENCE = 1.25
 """Loss of a refit with copies, relative to that of one without, up to which it is kept if samples have no groups."""
 
@@ -81,7 +81,7 @@ def draft(ready: Context, chosen: Plan) -> Draft:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A plan that is carried out as far as it is asked for: its loss needs one refit, its model the best of several.
+    """A plan that is carried out on demand: its loss takes one refit, its model the best of several.
 
     Attributes:
         ready: The context of the plan.

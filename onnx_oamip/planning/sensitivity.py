@@ -1,4 +1,4 @@
-"""Sensitivities: the loss of the model with only that group narrowed and its consumers repaired.
+"""Sensitivities: the loss of the model by the width of one group, whose consumers are repaired.
 
 For every group one part of the graph is made: everything behind its first consumer, with the consumers' weights, bias
 shifts and masks as inputs. A level then only feeds other numbers; no session is rebuilt, and nothing in front of the
@@ -389,7 +389,7 @@ def _types(
 
 @dataclass(frozen=True)
 class _Truth:
-    """The tensors of the objective in the original on every feed: ``wanted`` names them, in order."""
+    """Tensors of the objective in the original, on every feed; ``wanted``: their names in order."""
 
     objective: Objective
     feeds: Sequence[Mapping[str, Array]]
@@ -398,7 +398,7 @@ class _Truth:
 
 
 class _Part:
-    """The graph behind a group's consumers, with the numbers a level changes as inputs."""
+    """The graph behind a group's consumers; weights, shifts and masks that differ between levels are inputs."""
 
     def __init__(
         self,
@@ -516,7 +516,7 @@ class _Part:
         proto.graph.initializer.extend(kept)
 
     def losses(self, removed: Sequence[Ints]) -> Floats:
-        """Mean loss (sets,) with the units at each set of positions of the group taken away."""
+        """Mean loss (sets,) of the model without the units at each set of positions of the group."""
         if not self.reaches:
             return np.zeros(len(removed))
         objective = self.truth.objective

@@ -1,4 +1,4 @@
-"""The judge: the objective of a run on held-out samples, by ONNX Runtime, and the rule that nothing gets worse."""
+"""The judge of a recovery: the objective on held-out samples, by ONNX Runtime, and the test whether it fell."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ Places = Sequence["int | None"]
 """Axis whose length every element of a list is; None for other elements."""
 
 
-def _looked_at(tensor: str, order: Places, labels: Labels) -> set[int]:
+def _axes_that_matter(tensor: str, order: Places, labels: Labels) -> set[int]:
     """Axes whose lengths matter to the readers of a list, followed through operators that move its elements."""
     if not order or all(axis is None for axis in order):
         return set()
@@ -184,7 +184,7 @@ def _looked_at(tensor: str, order: Places, labels: Labels) -> set[int]:
         moved = _moved(reader, tensor, order, labels)
         if moved is None:
             return whole
-        seen |= _looked_at(reader.outputs[0], moved, labels)
+        seen |= _axes_that_matter(reader.outputs[0], moved, labels)
     return seen
 
 
@@ -229,13 +229,13 @@ def _joined(reader: Node, tensor: str, order: Places, labels: Labels) -> Places 
 
 
 def _shape(node: Node, labels: Labels) -> None:
-    """Reading a size does not hurt where only untracked axes are looked at."""
+    """Channel rule of Shape: pin the axes whose lengths matter to the readers of the list."""
     name = node.inputs[0]
     axes = labels.axes(name)
     start = int(node.attrs.get("start", 0))
     stop = node.attrs.get("end")
     order = list(range(len(labels.shape(name) or axes)))[slice(start, stop)]
-    for a in _looked_at(node.outputs[0], order, labels).intersection(range(len(axes))):
+    for a in _axes_that_matter(node.outputs[0], order, labels).intersection(range(len(axes))):
         labels.pin(axes[a], f"{node} reads its length at run time")
     labels.set(node.outputs[0], [])
 

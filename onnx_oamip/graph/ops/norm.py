@@ -126,12 +126,12 @@ def _regroup(node: Node, cuts: Cuts) -> Edit:
 
 
 def _neighbours(node: Node, labels: Labels) -> None:
-    """LRN divides by a sum over neighbouring channels: it consumes the axis and passes it on."""
+    """Channel rule of LRN, which divides by a sum over neighbours: it consumes the channels and passes them on."""
     _consume_and_pass(node, labels, 1)
 
 
 def _consume_and_pass(node: Node, labels: Labels, axis: int) -> None:
-    """Exact where zeros add nothing, or where the cut model puts them back (``Edit.spread``)."""
+    """Consume an axis and pass it on: exact if zeros add nothing, or if a cut inserts them (``Edit.spread``)."""
     data = labels.axes(node.inputs[0])
     if axis < len(data) and data[axis] is not None:
         labels.consume(node, (node.inputs[0], axis), None)

@@ -270,7 +270,7 @@ def _solve_group(
 
 
 def _part_of_rest(index: int) -> float:
-    """Part of the remaining operations for the share of an index: narrower shares, whose gaps are wider, get more."""
+    """Part of the remaining operations for one of the shares: narrower ones, whose gaps are wider, get more."""
     return (index + 1) / sum(range(index + 1, len(KEPT_SHARES) + 1))
 
 
