@@ -60,25 +60,26 @@ def detect(
     """
     chosen = dict(outputs or {})
     tails = Tails(Graph(model))
-    terms, notes = _found(tails, chosen)
+    terms, notes = _of_outputs(tails, chosen)
+    known = {name for term in terms for name in (term.name, term.output)}
+    known |= {port.name for port in model.outputs}
     for name in chosen:
-        if name not in {t.name for t in terms} | {t.output for t in terms} | {
-            p.name for p in model.outputs
-        }:
+        if name not in known:
             have = ", ".join(f"'{port.name}'" for port in model.outputs)
             raise SettingsError(
                 f"`outputs` names '{name}', but the outputs of {model.path or 'the model'} are {have}."
             )
     terms = [
-        _chosen(tails, term, chosen[term.name]) if _by_part(term, chosen) else term
+        _as_chosen(tails, term, chosen[term.name]) if _by_part(term, chosen) else term
         for term in terms
     ]
     if task is not None:
-        terms = _told(tails, terms, task)
+        terms = _with_task(tails, terms, task)
     if labels is not None:
         terms, note = _labelled(tails, terms, labels)
         notes += note
-    terms, more = _once([_by_state(tails.graph, term) for term in _settled(tails, terms)])
+    assumed = _with_assumptions(tails, terms)
+    terms, more = _without_repetitions([_by_state(tails.graph, term) for term in assumed])
     if (
         terms
         and all(term.kind == "ignore" for term in terms)
@@ -87,12 +88,14 @@ def detect(
         raise SettingsError(
             "every output is ignored, so nothing could be measured; leave one of `outputs` out."
         )
-    terms = _weighed(terms)
-    said = (*notes, *more, *(t.assumption for t in terms if t.assumption))
-    return Objective(tuple(terms), tuple(dict.fromkeys(said)))
+    terms = _weighted(terms)
+    assumptions = (term.assumption for term in terms if term.assumption)
+    return Objective(tuple(terms), tuple(dict.fromkeys((*notes, *more, *assumptions))))
 
 
-def _found(tails: Tails, chosen: Mapping[str, tuple[str, float]]) -> tuple[list[Term], list[str]]:
+def _of_outputs(
+    tails: Tails, chosen: Mapping[str, tuple[str, float]]
+) -> tuple[list[Term], list[str]]:
     """(terms of all outputs, notes)."""
     graph = tails.graph
     terms = []
@@ -109,7 +112,7 @@ def _found(tails: Tails, chosen: Mapping[str, tuple[str, float]]) -> tuple[list[
                 f"output '{name}' is {what}, which pruning does not change: it is not measured"
             )
         elif name in chosen:
-            terms.append(_chosen(tails, whole, chosen[name]))
+            terms.append(_as_chosen(tails, whole, chosen[name]))
         else:
             terms += _of_output(tails, name)
     return terms, notes
@@ -189,7 +192,7 @@ def _by_part(term: Term, chosen: Mapping[str, tuple[str, float]]) -> bool:
     return term.name in chosen and term.output not in chosen
 
 
-def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
+def _as_chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
     """A term with the kind and the weight that the user stated."""
     kind, weight = choice
     if kind not in CHOICES:
@@ -198,10 +201,12 @@ def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
         raise SettingsError(
             f"`outputs={term.name}={kind}:{weight:g}`: a weight is a number above 0."
         )
-    return replace(_as(tails, term, kind, f"`outputs={term.name}={kind}`"), weight=float(weight))
+    return replace(
+        _of_kind(tails, term, kind, f"`outputs={term.name}={kind}`"), weight=float(weight)
+    )
 
 
-def _as(
+def _of_kind(
     tails: Tails,
     term: Term,
     kind: str,
@@ -282,7 +287,7 @@ def _positions(tails: Tails, term: Term) -> int | None:
     return last if last > 0 and shape[last] > 1 else None
 
 
-def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
+def _with_task(tails: Tails, terms: list[Term], task: str) -> list[Term]:
     """The terms where ``--task`` gives the kind of what the structure leaves open, or of the only output."""
     kinds = [kind for kind in CHOICES if kind != "ignore"]
     if task not in kinds:
@@ -296,18 +301,22 @@ def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
     if len(outputs) == 1:
         name = next(iter(outputs))
         whole = Term(name, name, name, "ignore", tails.graph.channel_axis(name))
-        return [*(t for t in terms if t.output != name), _as(tails, whole, task, f"`task={task}`")]
+        return [
+            *(t for t in terms if t.output != name),
+            _of_kind(tails, whole, task, f"`task={task}`"),
+        ]
     decided = any(t.kind in ("classes", "binary") for t in free)
     vectors = task in ("classes", "embedding")
-    opened = [
+    ambiguous = [
         t for t in free if t.kind == "ambiguous" and not (vectors and _columns(tails, t) == 1)
     ]
-    if decided or not opened:
+    if decided or not ambiguous:
         raise SettingsError(
             f"`task={task}` does not say which of the model's {len(outputs)} outputs it is about; "
             "give `outputs`."
         )
-    return [_as(tails, t, task, f"`task={task}`") if t in opened else t for t in terms]
+    option = f"`task={task}`"
+    return [_of_kind(tails, t, task, option) if t in ambiguous else t for t in terms]
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -425,7 +434,7 @@ def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
 # -------------------------------------------------------------------------------------------------------- assumptions
 
 
-def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
+def _with_assumptions(tails: Tails, terms: list[Term]) -> list[Term]:
     """The terms with an assumption in place of every kind that the structure leaves open."""
     terms = [_as_box(tails, term, terms) for term in terms]
     decided = any(
@@ -440,7 +449,7 @@ def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
     result = []
     for term in terms:
         if term.kind == "ambiguous" and term.source != "user":
-            result.append(_opened(tails, term, decided, len(open_maps) > 1))
+            result.append(_assumed_kind(tails, term, decided, len(open_maps) > 1))
         elif (
             term.kind == "binary"
             and term.source == "structure"
@@ -486,7 +495,7 @@ def _positions_shape(tails: Tails, term: Term) -> tuple[int, ...]:
     return tuple(length for axis, length in enumerate(shape) if axis != term.axis)
 
 
-def _opened(
+def _assumed_kind(
     tails: Tails,
     term: Term,
     decided: bool,
@@ -575,7 +584,7 @@ def _otherwise(note: str, term: Term, kind: str) -> str:
     return f"{note}; `outputs={term.output}={kind}` says otherwise"
 
 
-def _weighed(terms: list[Term]) -> list[Term]:
+def _weighted(terms: list[Term]) -> list[Term]:
     """The terms where decisions beside values count ``DECISIONS`` times, unless the user gave their weight."""
     kinds_there = {term.kind for term in terms}
     if not kinds_there & {"classes", "binary"} or not kinds_there & {"values", "embedding"}:
@@ -588,7 +597,7 @@ def _weighed(terms: list[Term]) -> list[Term]:
     ]
 
 
-def _once(terms: list[Term]) -> tuple[list[Term], list[str]]:
+def _without_repetitions(terms: list[Term]) -> tuple[list[Term], list[str]]:
     """(terms, notes) with every slice of a tensor measured once, by its structure where one output has any."""
     found: dict[object, Term] = {}
     notes = []
