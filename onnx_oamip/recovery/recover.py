@@ -85,16 +85,7 @@ def run(
         SettingsError: There is nothing to judge by, a graph input takes texts, or the changes of samples cannot be
             imported.
     """
-    if not objective.judged:
-        raise SettingsError(
-            "a recovery needs an output to judge by, and all are ignored; leave out `task` or `outputs`."
-        )
-    texts = [port.name for port in pair.original.inputs if port.dtype == object]
-    if texts:
-        raise SettingsError(
-            f"a recovery runs the whole model in torch, which has no texts, and the graph input '{texts[0]}' takes "
-            "texts; leave out `recover`."
-        )
+    _check_inputs_and_outputs(pair.original, objective)
     with imports_of("recover", "recovery"):
         from onnx_oamip.recovery import training
 
@@ -122,12 +113,14 @@ def run(
     )
     trained = training.train(task, effort_of(settings.recover or DEFAULT_EFFORT))
     best = trained.best
-    refusal = _refusal(best)
-    if trained.proto is not None and unrecovered is not None and final is not judge:
+    proto = unrecovered or pair.pruned.proto
+    if trained.proto is None:
+        refusal = _refusal(best)
+    elif unrecovered is not None and final is not judge:
         refusal = _refusal_by_measure(final, trained.proto, unrecovered)
-    if trained.proto is None or refusal:
-        proto = unrecovered or pair.pruned.proto
     else:
+        refusal = ""
+    if trained.proto is not None and not refusal:
         proto = trained.proto
     return proto, Recovery(
         accepted=not refusal,
@@ -170,10 +163,22 @@ def _features(
     return (*by_channel, *combined)
 
 
+def _check_inputs_and_outputs(original: Model, objective: Objective) -> None:
+    """Raises SettingsError where there is nothing to judge by, and for inputs that torch has not."""
+    if not objective.judged:
+        raise SettingsError(
+            "a recovery needs an output to judge by, and all are ignored; leave out `task` or `outputs`."
+        )
+    texts = [port.name for port in original.inputs if port.dtype == object]
+    if texts:
+        raise SettingsError(
+            f"a recovery runs the whole model in torch, which has no texts, and the graph input '{texts[0]}' takes "
+            "texts; leave out `recover`."
+        )
+
+
 def _refusal(best: Best) -> str:
-    """Clause about a training that did not lower the objective; empty where it did."""
-    if best.is_better:
-        return ""
+    """Clause about a training that did not lower the objective."""
     before = float(best.start.mean())
     return f"the held-out objective ({before:.4g}) did not fall by more than noise"
 
