@@ -30,7 +30,7 @@ from onnx_oamip.planning import (
     rotation,
 )
 from onnx_oamip.repair import least_squares, mean_folding, refit_scope, removed_constants
-from onnx_oamip.statistics.collector import collect, parts
+from onnx_oamip.statistics.collector import are_groups_apart, collect, parts
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import MOMENTS
 
@@ -38,7 +38,8 @@ REFIT, EQUAL_ROWS, AUGMENTED, WITHOUT = "refit", "refit_of_equal_rows", "refit_w
 """Names of the models that are compared by loss: the refit, one that does not weight rare decisions, one with augmented
 copies of the samples, and the cut model without a refit."""
 LENIENCE = 1.25
-"""Loss of a refit with copies, relative to that of one without, up to which it is kept if samples have no groups."""
+"""Loss of a refit with copies, relative to that of one without, up to which it is kept unless whole groups of samples
+are kept for the comparison."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ class _LeastSquares:
     """Least-squares refits of one cut model.
 
     They are compared on calibration samples that none of them used. These may be akin to others that were used, as
-    crops of one photograph, and favour a refit without copies, which fits closer to what it knows. Unless the data say
-    by their groups what belongs together, one with copies is therefore kept up to ``LENIENCE``. The best is then made
+    crops of one photograph, and favour a refit without copies, which fits closer to what it knows. Unless whole groups
+    of samples are kept for the comparison, one with copies is therefore kept up to ``LENIENCE``. The best is then made
     again on all samples from the first node on that is short of them; the nodes in front of it have enough rows, and
     are refitted once.
 
@@ -207,7 +208,7 @@ class _LeastSquares:
         refits = {REFIT: self.first[REFIT], **others, WITHOUT: self.first[WITHOUT]}
         measured = {**self.first_losses, **_losses(self.ready, self.chosen, others)}
         losses = {name: measured[name] for name in refits}
-        is_lenient = AUGMENTED in others and self.ready.samples.groups is None
+        is_lenient = AUGMENTED in others and not are_groups_apart(self.ready.samples)
         if is_lenient and losses[AUGMENTED] <= LENIENCE * losses[REFIT]:
             del refits[REFIT]
         name, best = _least_loss(refits, losses, unused="that it did not use ")

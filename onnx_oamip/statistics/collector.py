@@ -65,6 +65,18 @@ def parts(samples: Samples) -> tuple[Samples, Samples]:
     return samples.take(np.arange(split)), samples.take(np.arange(split, count))
 
 
+def are_groups_apart(samples: Samples) -> bool:
+    """Check whether :func:`parts` divides calibration samples by their groups.
+
+    Args:
+        samples: All calibration samples.
+
+    Returns:
+        False also for samples without groups.
+    """
+    return _parts_by_group(samples) is not None
+
+
 def undivided_groups(samples: Samples) -> str:
     """Describe calibration samples whose groups :func:`parts` cannot keep apart.
 
@@ -74,7 +86,7 @@ def undivided_groups(samples: Samples) -> str:
     Returns:
         A sentence for the user; empty where groups are kept apart, or the samples have none.
     """
-    if samples.groups is None or _parts_by_group(samples) is not None:
+    if samples.groups is None or are_groups_apart(samples):
         return ""
     if len(np.unique(samples.groups)) == 1:
         cause = "all calibration samples are of one group"

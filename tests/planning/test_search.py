@@ -815,6 +815,8 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
     monkeypatch.setattr(augmentation, "SMALL_SIDE", 8)
     own = np.arange(ready.samples.count)
     assert rows(0.1, 0.101, 0.5, groups=own) < rows(0.1, 0.099, 0.5, groups=own)
+    one = np.zeros(ready.samples.count, int)
+    assert rows(0.1, 0.101, 0.5, groups=one) == rows(0.1, 0.099, 0.5, groups=one)
     without = ready.settings.model_copy(update={"augment": "none"})
     monkeypatch.setattr(calibration_loss, "losses", lambda *_: [0.1, 0.5])
     found = search.search(replace(ready, settings=without))
