@@ -14,14 +14,17 @@ from collections.abc import Collection
 import numpy as np
 
 from onnx_oamip.core.cholesky import Cholesky
-from onnx_oamip.core.records import Array, Floats, Model
+from onnx_oamip.core.records import Array, Floats, Ints, Model
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.im2col import pick
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery.features import Feature, Projection, block_ends
 
 SAMPLES = 512
 """Most samples that projections are fitted to."""
+POSITIONS = 1 << 14
+"""Most positions of a tensor in one run that projections are fitted to."""
 MOST_CHANNELS = 2048
 """Channels of the original above which none is fitted, which takes cubic time."""
 RIDGE = 1e-6
@@ -62,10 +65,12 @@ def projected(
         Session(with_outputs(model, names), device, what=what)
         for model, what in ((original, "the original"), (pruned, "the pruned model"))
     ]
+    rng = np.random.default_rng(0)
     for _, feed in samples.first(SAMPLES).batches(batch_size):
         wide, narrow = (session.run(feed, names) for session in sessions)
         for name, x, z in zip(names, wide, narrow, strict=True):
-            fits[name].add(_rows(x, axes[name]), _rows(z, axes[name]))
+            rows = pick(x.size // x.shape[axes[name]], POSITIONS, rng)
+            fits[name].add(*(_channels(value, axes[name], rows) for value in (x, z)))
     found = []
     for name, axis in axes.items():
         solved = fits[name].solved()
@@ -87,10 +92,11 @@ def _narrowed_axes(original: Model, pruned: Model, known: Collection[str]) -> di
     return axes
 
 
-def _rows(value: Array, axis: int) -> Floats:
-    """The channels of a tensor at all positions (positions, channels)."""
-    rows: Floats = np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis]).astype(np.float64)
-    return rows
+def _channels(value: Array, axis: int, rows: Ints) -> Floats:
+    """The channels of a tensor at some positions (positions, channels)."""
+    by_position = np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis])
+    found: Floats = by_position[rows].astype(np.float64)
+    return found
 
 
 class _Fit:

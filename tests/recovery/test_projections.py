@@ -14,6 +14,7 @@ from onnx_oamip.artifacts import plan_files
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
+from onnx_oamip.recovery import projections
 from onnx_oamip.recovery.projections import projected
 
 STREAM = """(float[N, 8] x) => (float[N, 4] y)
@@ -72,6 +73,20 @@ def test_projection_equals_the_change_of_basis(constants: dict[str, Array], tmp_
     np.testing.assert_allclose(found.projection.shift, shift, atol=1e-3)
     assert not projected(original, pruned, ("c",), samples, device="cpu", batch_size=32)
     assert not projected(original, original, (), samples, device="cpu", batch_size=32)
+
+
+def test_projection_is_found_on_some_positions_of_large_tensors(
+    constants: dict[str, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of 32 in every run, the same ones of both models."""
+    monkeypatch.setattr(projections, "POSITIONS", 2)
+    original = _with(tmp_path, 6, **constants)
+    halves = {"w1": constants["w1"][:, ::2], "b1": constants["b1"][::2]}
+    pruned = _with(tmp_path, 3, **halves, w2=constants["w2"][::2])
+    samples = _samples(original)
+    (found,) = projected(original, pruned, (), samples, device="cpu", batch_size=32)
+    assert found.projection is not None
+    np.testing.assert_allclose(found.projection.matrix, np.eye(6)[:, ::2], atol=1e-3)
 
 
 def test_channels_that_are_no_combinations_are_left_out(
