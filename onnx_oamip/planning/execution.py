@@ -349,7 +349,7 @@ def _note_of_copies(losses: Mapping[str, float]) -> str:
     return (
         "the refit with augmented copies is kept although the model loses more than without: "
         f"{losses[AUGMENTED]:.3g} against {losses[REFIT]:.3g} on calibration samples that no refit used, but that may "
-        "resemble others, as crops of one photograph; name what belongs together by `groups` in the data"
+        "resemble others, as crops of one photograph; the array 'groups' in the data names what belongs together"
     )
 
 

@@ -50,9 +50,7 @@ STEPS = {
 }
 """Arguments of every command; a later one may read what an earlier one has written."""
 if importlib.util.find_spec("torch"):
-    STEPS["recover"] = (
-        "out.onnx --original model.onnx --data DATA --recover 20 --force -o recovered.onnx"
-    )
+    STEPS["recover"] = "out.onnx --original model.onnx --data DATA --recover 20 -o recovered.onnx"
 
 
 def _with_option(name: str) -> list[str]:
