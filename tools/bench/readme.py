@@ -92,7 +92,9 @@ TEXT = {
         (
             "With a least-squares refit: the loss is the sum over nine programs of the relative squared error of the "
             "consumers' outputs, and the gap is relative to it. Unproved energy: what is not proved of the outputs' "
-            "energy that the kept units of a program explain, in the mean."
+            "energy that the kept units of a program explain, in the mean. "
+            "Rows with wall-clock seconds are from before the inequalities of products, which tighten the bounds of "
+            "groups of up to about 600 units; the seconds are of a machine with other work."
         ),
     ),
     "critical": (
