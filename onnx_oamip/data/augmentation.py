@@ -1,10 +1,9 @@
 """Augmentation: random changes of samples, by kind of input or by a function of the user; the original labels them.
 
 ``images`` (3 channels, or 1 in a square): a random part resized to the whole, mirrored, with other brightness and
-contrast, and mixed unless they are small: for a training half of them are blended with another one, and for a refit
-all are put together from parts of four. ``audio`` (one long axis): gain, shift and noise. ``tokens`` (whole numbers
-along one axis): some are replaced by others of the data, and the end is hidden where an input is a mask. Other inputs,
-such as tables, are left as they are.
+contrast, and put together from parts of four unless they are small. ``audio`` (one long axis): gain, shift and noise.
+``tokens`` (whole numbers along one axis): some are replaced by others of the data, and the end is hidden where an input
+is a mask. Other inputs, such as tables, are left as they are.
 """
 
 from __future__ import annotations
@@ -24,15 +23,13 @@ from onnx_oamip.core.records import Array, Floats, Model
 
 Feed: TypeAlias = Mapping[str, Array]
 Augment: TypeAlias = Callable[[Feed, np.random.Generator], dict[str, Array]]
-Mix: TypeAlias = Callable[[Array, np.random.Generator], Array]
-"""Mixes images (samples, channels, height, width) with each other."""
 InputKind: TypeAlias = Literal["images", "audio", "tokens", "mask", "other"]
 
 LEAST_CROP = 0.35
 """Smallest share of the area of an image that a crop keeps."""
 SMALL_SIDE = 96
-"""Images with a shorter side show one object that fills them: parts and mixtures of them look like nothing else, so
-that only half of them are changed, and less."""
+"""Images with a shorter side show one object that fills them: parts of several look like nothing else, so that only
+half of them are changed, and less, each on its own."""
 LEAST_CROP_OF_SMALL = 0.8
 """Smallest share of the area of such an image that a crop keeps."""
 MEETING = (0.3, 0.7)
@@ -82,27 +79,10 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[2:] if _channel_axis(shape) == 1 else shape[1:3]
 
 
-def blended(images: Array, rng: np.random.Generator) -> Array:
-    """Blend half of the images with another one.
-
-    Args:
-        images: Images (samples, channels, height, width), changed in place.
-        rng: Source of random numbers.
-
-    Returns:
-        The images.
-    """
-    mixed = rng.permutation(len(images))[: len(images) // 2]
-    others = rng.permutation(len(images))[: len(mixed)]
-    shares = rng.uniform(0.3, 1.0, (len(mixed), 1, 1, 1)).astype(np.float32)
-    images[mixed] = shares * images[mixed] + (1 - shares) * images[others]
-    return images
-
-
 def pieced(images: Array, rng: np.random.Generator) -> Array:
     """Put every image together from parts of four, which meet at a point near the centre.
 
-    The fit of a layer learns more of such images than of blended ones: each part has the contrasts of a photograph.
+    A fit and a training learn more of such images than of blended ones: each part has the contrasts of a photograph.
 
     Args:
         images: Images (samples, channels, height, width).
@@ -122,22 +102,21 @@ def pieced(images: Array, rng: np.random.Generator) -> Array:
     return result
 
 
-def automatic(found: Mapping[str, InputKind], mix: Mix = blended) -> Augment:
+def automatic(found: Mapping[str, InputKind]) -> Augment:
     """Build the changes for inputs of some kinds.
 
     Args:
         found: Kind by name of the input.
-        mix: Mixes images that are not small.
 
     Returns:
-        A function that changes a feed. Inputs of one feed get the same places mixed.
+        A function that changes a feed, every input on its own.
     """
 
     def augment(feed: Feed, rng: np.random.Generator) -> dict[str, Array]:
         changed = dict(feed)
         for name, kind in found.items():
             if kind == "images":
-                changed[name] = images(feed[name], rng, mix)
+                changed[name] = images(feed[name], rng)
             elif kind == "audio":
                 changed[name] = audio(feed[name], rng)
         if any(kind == "tokens" for kind in found.values()):
@@ -147,13 +126,12 @@ def automatic(found: Mapping[str, InputKind], mix: Mix = blended) -> Augment:
     return augment
 
 
-def images(batch: Array, rng: np.random.Generator, mix: Mix = blended) -> Array:
-    """Crop, mirror, colour and mix images.
+def images(batch: Array, rng: np.random.Generator) -> Array:
+    """Crop, mirror and colour images, and put large ones together from parts of several.
 
     Args:
         batch: Images (samples, channels, height, width) or (samples, height, width, channels).
         rng: Source of random numbers.
-        mix: Mixes images that are not small.
 
     Returns:
         Changed images of the same shape and type.
@@ -167,7 +145,7 @@ def images(batch: Array, rng: np.random.Generator, mix: Mix = blended) -> Array:
     for place in rng.permutation(len(result))[: len(result) // 2 if is_small else None]:
         result[place] = _one_image(result[place], least, rng)
     if not is_small:
-        result = mix(result, rng)
+        result = pieced(result, rng)
     result = np.clip(result, low, high)
     if axis != 1:
         result = np.moveaxis(result, 1, 3)
@@ -290,14 +268,13 @@ class Chosen:
     description: str
 
 
-def choose(setting: str, model: Model, feed: Feed, mix: Mix = blended) -> Chosen:
+def choose(setting: str, model: Model, feed: Feed) -> Chosen:
     """Find the changes that a setting asks for.
 
     Args:
         setting: ``none``, ``auto`` or ``module:function``.
         model: The original.
         feed: One feed of the samples.
-        mix: Mixes images that are not small, with ``auto``.
 
     Returns:
         The function, None where nothing is changed.
@@ -314,7 +291,7 @@ def choose(setting: str, model: Model, feed: Feed, mix: Mix = blended) -> Chosen
     if not changed:
         return Chosen(None, "none")
     described_kinds = ", ".join(f"{name}: {kind}" for name, kind in changed.items())
-    return Chosen(automatic(found, mix), described_kinds)
+    return Chosen(automatic(found), described_kinds)
 
 
 def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
@@ -338,7 +315,7 @@ def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
         images_found = [shapes[name] for name, kind in found.items() if kind == "images"]
         if all(min(_sides(shape)) < SMALL_SIDE for shape in images_found):
             return None
-    return choose(setting, model, feed, pieced).function
+    return choose(setting, model, feed).function
 
 
 def _of_user(setting: str) -> Augment:

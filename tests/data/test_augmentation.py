@@ -47,13 +47,10 @@ def test_kind_of_an_input_follows_from_type_and_shape(
     [((6, 3, 20, 24), 0.5), ((6, 20, 24, 3), 0.5), ((6, 3, 96, 100), 1.0)],
     ids=["nchw", "nhwc", "large"],
 )
-@pytest.mark.parametrize("mix", [augmentation.blended, augmentation.pieced])
-def test_images_change_within_their_range(
-    shape: tuple[int, ...], changed_share: float, mix: augmentation.Mix
-) -> None:
+def test_images_change_within_their_range(shape: tuple[int, ...], changed_share: float) -> None:
     batch = np.random.default_rng(0).uniform(-2, 3, shape).astype(np.float32)
-    changed = augmentation.images(batch, np.random.default_rng(1), mix)
-    again = augmentation.images(batch, np.random.default_rng(1), mix)
+    changed = augmentation.images(batch, np.random.default_rng(1))
+    again = augmentation.images(batch, np.random.default_rng(1))
     assert changed.shape == shape
     assert changed.dtype == np.float32
     assert batch.min() <= changed.min() < changed.max() <= batch.max()
@@ -79,21 +76,19 @@ def test_pieced_images_are_parts_of_four_that_meet_near_the_centre() -> None:
         assert all(0.3 * 30 <= place <= 0.7 * 30 + 1 for place in left)
 
 
-def test_refit_takes_pieced_images_and_training_blended_ones(tmp_path: Path) -> None:
-    loaded = model(tmp_path, "float[N, 3, 96, 96] x")
+@pytest.mark.parametrize(("side", "is_pieced"), [(96, True), (95, False)])
+def test_only_large_images_are_put_together_from_several(
+    side: int, is_pieced: bool, tmp_path: Path
+) -> None:
+    loaded = model(tmp_path, f"float[N, 3, {side}, {side}] x")
     values = np.array([0.0, 1.0, 2.0, 4.0, 8.0, 16.0], np.float32)
-    noise = np.random.default_rng(0).uniform(0, 1e-3, (6, 3, 96, 96)).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(0, 1e-3, (6, 3, side, side)).astype(np.float32)
     feed = {"x": values[:, None, None, None] + noise}
-
-    def steps(change: augmentation.Augment | None) -> list[float]:
-        assert change is not None
-        images = change(feed, np.random.default_rng(1))["x"]
-        return [float(np.abs(np.diff(image, axis=-1)).max()) for image in images]
-
-    assert max(steps(augmentation.choose("auto", loaded, feed).function)) < 0.1
-    assert (
-        np.mean([step > 0.5 for step in steps(augmentation.for_refit("auto", loaded, feed))]) > 0.5
-    )
+    change = augmentation.choose("auto", loaded, feed).function
+    assert change is not None
+    images = change(feed, np.random.default_rng(1))["x"]
+    steps = np.array([np.abs(np.diff(image, axis=-1)).max() for image in images])
+    assert np.mean(steps > 0.5) > 0.5 if is_pieced else steps.max() < 0.1
 
 
 def test_crop_resamples_a_ramp_linearly() -> None:
