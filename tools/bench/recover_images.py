@@ -55,6 +55,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case(NAMES[0], 0.5, None, False, 400),
+    Case(NAMES[0], 0.5, None, False, 1200),
     Case(NAMES[0], 0.5, None, True, 400),
     Case(NAMES[0], 0.5, None, True, 1200),
     Case(NAMES[0], 0.8, None, True, 400),
