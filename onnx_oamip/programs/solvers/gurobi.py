@@ -30,6 +30,7 @@ from onnx_oamip.programs.solvers.spec import (
     SolverLimits,
     Termination,
     importing,
+    run_interruptibly,
 )
 
 WHEEL_LICENCE_SIZE = 2000
@@ -118,7 +119,7 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
             for name, value in DIALECT.parameters(limits).items():
                 model.setParam(name, value)
             variables = _load(gp, model, program)
-            model.optimize()
+            _optimize(gp, model)
             return _read(gp, model, variables, program, limits=limits, began=began)
     except gp.GurobiError as error:
         if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
@@ -131,6 +132,22 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
         raise SolverError(
             f"Gurobi failed: {str(error).rstrip('.')}; try `solver=highs`."
         ) from error
+
+
+def _optimize(gp: Any, model: Any) -> None:
+    """Solve without gurobipy's handler of Ctrl-C, which loses a signal that arrives while solves start in threads."""
+    refusals: list[Exception] = []
+
+    def run() -> None:
+        try:
+            model.optimizeAsync()
+            model.sync()
+        except gp.GurobiError as error:
+            refusals.append(error)
+
+    run_interruptibly(run, model.terminate, name=DIALECT.title, instead=DIALECT.instead)
+    if refusals:
+        raise refusals[0]
 
 
 def _load(gp: Any, model: Any, program: Program) -> Any:

@@ -7,6 +7,7 @@ incumbent at the time limit is FEASIBLE + TIME, a result with a gap, and neither
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -329,8 +330,11 @@ def run_interruptibly(
         while not done.wait(POLL_SECONDS):
             pass
     except KeyboardInterrupt:
+        # Again and again: a solver that has not started yet forgets the request.
+        deadline = time.monotonic() + STOP_SECONDS
         stop()
-        done.wait(STOP_SECONDS)
+        while not done.wait(POLL_SECONDS) and time.monotonic() < deadline:
+            stop()
         raise
     finally:
         worker.join(STOP_SECONDS)
