@@ -287,7 +287,7 @@ def _proved_tensors(model: Model, objective: Objective | None) -> tuple[list[str
     makers = [producer_with(model, name, Trait.SATURATES) for name in names]
     sources = [node.inputs[0] for node in makers if node is not None]
     compared = list(dict.fromkeys([*names, *sources]))
-    # Where an output is proved at its source, any rounding may be reported.
+    # Any rounding may be reported for an output that is proved at its source.
     most = np.full(len(compared), ROUNDING_MOST)
     most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
     return compared, most
