@@ -31,6 +31,7 @@ from onnx_oamip.programs.solvers import (
     Termination,
     gurobi,
 )
+from onnx_oamip.programs.solvers.spec import run_interruptibly
 
 EXACT = SolverLimits(gap=0.0)
 INF = math.inf
@@ -347,6 +348,26 @@ def test_interrupt_stops_a_solve(solver: str) -> None:
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert out.endswith("interrupted\n")  # Gurobi adds a line of its own before
+
+
+def test_request_to_end_a_solve_is_repeated_until_it_ends() -> None:
+    """A solver that has not started yet forgets a request."""
+    ended = threading.Event()
+    requests: list[float] = []
+
+    def request() -> None:
+        requests.append(time.monotonic())
+        if len(requests) == 3:
+            ended.set()
+
+    def solve() -> None:
+        time.sleep(0.5)  # the main thread waits by then
+        signal.raise_signal(signal.SIGINT)
+        ended.wait(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_interruptibly(solve, request, name="a solver", instead="highs")
+    assert len(requests) == 3
 
 
 def test_ctrl_c_works_after_overlapping_solves(solver: str) -> None:
