@@ -41,6 +41,7 @@ def projected(
     *,
     device: str,
     batch_size: int,
+    seed: int,
 ) -> tuple[Feature, ...]:
     """Find further tensors at which both models can be compared, and fit their projections.
 
@@ -51,6 +52,7 @@ def projected(
         samples: Samples to fit to.
         device: Device of ONNX Runtime.
         batch_size: Samples of one run.
+        seed: Seed of the choice of positions.
 
     Returns:
         Ends of blocks with fewer channels in the pruned model, in graph order, each with its projection; without those
@@ -65,7 +67,7 @@ def projected(
         Session(with_outputs(model, names), device, what=what)
         for model, what in ((original, "the original"), (pruned, "the pruned model"))
     ]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for _, feed in samples.first(SAMPLES).batches(batch_size):
         wide, narrow = (session.run(feed, names) for session in sessions)
         for name, x, z in zip(names, wide, narrow, strict=True):

@@ -100,7 +100,7 @@ def run(
         original=pair.original,
         pruned=pair.pruned,
         objective=objective,
-        features=_features(pair, samples, device, size),
+        features=_features(pair, samples, device, batch_size=size, seed=settings.seed),
         samples=samples,
         judge=judge,
         device=torch_device,
@@ -148,7 +148,7 @@ def run(
 
 
 def _features(
-    pair: Pair, samples: Samples, device: str, batch_size: int
+    pair: Pair, samples: Samples, device: str, *, batch_size: int, seed: int
 ) -> tuple[features.Feature, ...]:
     """Tensors that are compared: by channels where these are known, else by combinations of them."""
     by_channel = features.features(pair.original, pair.pruned, pair.coupling, pair.keep)
@@ -159,6 +159,7 @@ def _features(
         samples,
         device=device,
         batch_size=batch_size,
+        seed=seed,
     )
     return (*by_channel, *combined)
 

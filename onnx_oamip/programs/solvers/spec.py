@@ -323,8 +323,8 @@ def run_interruptibly(
             done.set()
 
     worker = threading.Thread(target=work, daemon=True)
-    worker.start()
     try:
+        worker.start()
         # Not join: interrupted there, Python before 3.13 takes a running thread for ended. Not without a timeout:
         # Windows would not receive Ctrl-C.
         while not done.wait(POLL_SECONDS):
@@ -337,7 +337,8 @@ def run_interruptibly(
             stop()
         raise
     finally:
-        worker.join(STOP_SECONDS)
+        if worker.is_alive():  # false where Ctrl-C came before the start
+            worker.join(STOP_SECONDS)
     if errors:
         cause = str(errors[0]).rstrip(".") or type(errors[0]).__name__
         raise SolverError(f"{name} failed: {cause}; try `solver={instead}`.") from errors[0]
