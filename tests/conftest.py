@@ -125,11 +125,11 @@ def constant_latency() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_programs() -> Iterator[None]:
-    """Spend a fiftieth of the operations on the programs of a group: the groups of the tests are small."""
+    """Spend a hundredth of the operations on the programs of a group: the groups of the tests are small."""
     from onnx_oamip.importance.oamip import decoupled
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoupled, "FLOPS_PER_GROUP", decoupled.FLOPS_PER_GROUP / 50)
+        patch.setattr(decoupled, "FLOPS_PER_GROUP", decoupled.FLOPS_PER_GROUP / 100)
         yield
 
 

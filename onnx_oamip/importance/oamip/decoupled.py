@@ -72,9 +72,11 @@ MAX_SEARCH_STEPS = 64
 """Steps of the search for the first point of one share."""
 MAX_RELAX_STEPS = 32
 """Steps of the search for the optimum of the relaxation of one share."""
-FLOPS_PER_GROUP = 2e11
+FLOPS_PER_GROUP = 4e11
 """Approximate floating-point operations for the losses of one group. Wide groups get fewer solves and search steps; the
 numbers do not depend on the machine. What one share leaves is for the narrower ones."""
+FEW_GROUPS = 5
+"""Groups up to which each gets all of these operations. Where there are more, each gets less, down to half."""
 MIN_STEPS = 30
 """Steps of the relaxation that must be affordable, or there is neither a plane of it nor branch and bound."""
 ROOT_SHARE = 0.2
@@ -193,7 +195,9 @@ def _score_group(
             return None
         if any(problem.factor is not None for problem in consumers):
             return _eliminate_group(consumers, len(group.units))
-        return _solve_group(consumers, len(group.units), group.name, settings)
+        return _solve_group(
+            consumers, len(group.units), group.name, settings, groups=len(coupling.groups)
+        )
 
 
 def _eliminate_group(consumers: Sequence[Problem], units: int) -> _GroupResult:
@@ -211,13 +215,15 @@ def _solve_group(
     units: int,
     name: str,
     settings: Settings,
+    *,
+    groups: int = 1,
 ) -> _GroupResult:
-    """Solve the program of a group for every share, from the widest to the narrowest."""
+    """Solve the program of one of some groups for every share, from the widest to the narrowest."""
     began = time.perf_counter()
     deadline = began + settings.time_limit
     order, _ = obs.eliminate(consumers, units)
     loss = _loss(consumers, settings.refit, order)
-    flops = FLOPS_PER_GROUP
+    flops = FLOPS_PER_GROUP * min(1.0, max(0.5, FEW_GROUPS / groups))
     subset = Subset(loss, units)
     keep = np.ones(units, bool)
     loss_of_all = loss.value(keep)
