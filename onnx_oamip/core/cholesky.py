@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from scipy.linalg import cython_lapack
 
-from onnx_oamip.core.records import Floats
+from onnx_oamip.core.records import Bools, Floats
 
 _CAPSULES: Mapping[str, object] = cast("Mapping[str, object]", cython_lapack.__pyx_capi__)
 """Routines of LAPACK that scipy exports for compiled code, by name."""
@@ -93,7 +93,7 @@ class Cholesky(NamedTuple):
         for first in range(0, len(inverse), MIRROR):
             last = first + MIRROR
             corner = inverse[first:last, first:last]
-            inverse[first:last, first:last] = np.tril(corner) + np.tril(corner, -1).T
+            np.copyto(corner, corner.T.copy(), where=_is_upper(len(corner)))
             inverse[first:last, last:] = inverse[last:, first:last].T
         return inverse
 
@@ -104,6 +104,13 @@ class Cholesky(NamedTuple):
             The logarithm, a sum over the diagonal of the factor.
         """
         return 2 * float(np.log(np.diagonal(self.factor)).sum())
+
+
+@cache
+def _is_upper(n: int) -> Bools:
+    """Mask of the entries above the diagonal (n, n), with n up to ``MIRROR``."""
+    mask: Bools = ~np.tri(n, dtype=bool)
+    return mask
 
 
 def _square(matrix: Floats, overwrite: bool) -> Floats:

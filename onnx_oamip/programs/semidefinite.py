@@ -242,7 +242,7 @@ class Lifted(Relaxation):
                 return _Cost(np.inf, dual, worth)
             scaled = removal.fit * np.repeat(root, width)
             solution = scaled @ found[0]
-            energy = (scaled * solution).sum(axis=0)
+            energy = np.einsum("ij,ij->j", scaled, solution)
             product = removal.inverse * (solution.T @ solution)
             value += float(energy.sum())
             dual += product.reshape(n, width, n, width).sum(axis=(1, 3))
@@ -392,9 +392,9 @@ class _Pairs:
         above = np.maximum(product - p[:, None], 0.0)
         for violation in (negative, below, above):
             np.fill_diagonal(violation, 0.0)
-        squares = np.square(negative).sum() + np.square(below).sum() + np.square(above).sum()
+        squares = sum(float(np.vdot(part, part)) for part in (negative, below, above))
         return cls(
-            penalty=weight / 2 * float(squares),
+            penalty=weight / 2 * squares,
             by_product=weight * ((above + above.T) / 2 - negative - below),
             by_removed=weight * (2 * below.sum(axis=1) - above.sum(axis=1)),
             constant=-weight * float(below.sum()),
@@ -431,7 +431,7 @@ class _Point:
     def of(cls, values: Floats, n: int, removals: int) -> _Point:
         """The point of given variables."""
         root = values[: n * n].reshape(n, n)
-        lengths = np.sqrt(np.square(root).sum(axis=0))
+        lengths = np.sqrt(np.einsum("ij,ij->j", root, root))
         removed = _sigmoids(values[n * n :], removals)
         return cls(values, lengths, root / lengths, removed, removals)
 
@@ -453,7 +453,7 @@ class _Point:
         """Gradient by the variables, from those by p and R."""
         g = self.directions
         by_direction = 2 * g @ by_correlation
-        by_direction -= g * (g * by_direction).sum(axis=0)
+        by_direction -= g * np.einsum("ij,ij->j", g, by_direction)
         spread = self.removed * (1 - self.removed)
         # The shift of the logits keeps the sum of p.
         mean = float(spread @ by_removed) / float(spread.sum())

@@ -220,7 +220,6 @@ def _solve_group(
 ) -> _GroupResult:
     """Solve the program of one of some groups for every share, from the widest to the narrowest."""
     began = time.perf_counter()
-    deadline = began + settings.time_limit
     order, _ = obs.eliminate(consumers, units)
     loss = _loss(consumers, settings.refit, order)
     flops = FLOPS_PER_GROUP * min(1.0, max(0.5, FEW_GROUPS / groups))
@@ -247,7 +246,7 @@ def _solve_group(
                 name,
                 flops=flops * _part_of_rest(index),
                 most_flops=ROOT_SHARE * flops,
-                deadline=deadline,
+                deadline=time.perf_counter() + settings.time_limit,
             )
             flops -= step.flops
             steps.append(step)

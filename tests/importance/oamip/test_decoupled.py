@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -352,6 +353,31 @@ def test_zero_time_limit_still_gives_scores() -> None:
     assert walk.record["solver"] is None
     assert walk.record["status"] == "feasible"
     assert len(np.unique(walk.values)) == 12
+
+
+@pytest.mark.parametrize(
+    ("groups", "share"), [(1, 1.0), (5, 1.0), (8, 0.625), (10, 0.5), (100, 0.5)]
+)
+def test_many_groups_get_fewer_operations_each(
+    groups: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Mapping[str, Any]] = []
+
+    def recorded(*arguments: Any, call: Any = decoupled._improve, **limits: Any) -> Any:
+        given.append(limits)
+        return call(*arguments, **limits)
+
+    monkeypatch.setattr(decoupled, "_improve", recorded)
+    began = time.perf_counter()
+    settings = _settings(time_limit=50.0)
+    decoupled._solve_group(PROBLEMS["one consumer"](2), 12, "g", settings, groups=groups)
+    ended = time.perf_counter()
+    whole = share * decoupled.FLOPS_PER_GROUP
+    assert given[0]["most_flops"] == pytest.approx(decoupled.ROOT_SHARE * whole, rel=1e-12)
+    assert given[0]["flops"] == pytest.approx(whole / 45, rel=1e-12)
+    # Every program has all of its time.
+    assert all(began + 50 <= limits["deadline"] <= ended + 50 for limits in given)
+    assert given[0]["deadline"] < given[-1]["deadline"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
