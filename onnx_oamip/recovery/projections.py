@@ -1,10 +1,15 @@
 """Projections: features at which the channels of the pruned model are combinations of the original's.
 
 Such are principal components, and channels cut by another tool or without a known plan. There the pruned model is
-compared with the combinations of the original's channels that are nearest to its own values before training. With the
-channels x of the original and those z of the pruned model, these are ``P x + p`` of
+compared with combinations of the original's channels, which are found from its own values before training. With the
+channels x of the original and those z of the pruned model,
 
     minimise  sum_positions |P x + p - z|^2 + ridge |P|^2     over P and p.
+
+What pruning took away is missing in z: a channel is ``z = y - r`` with y the combination that it stands for, and with r
+uncorrelated with z, as after a least-squares refit. The regression of z on y then has the slope ``var(z) / var(y)``,
+which is also the share of the variance of z that y explains. Every combination is therefore divided by the share that
+it explains; else the pruned model would be held to what it has lost already.
 """
 
 from __future__ import annotations
@@ -31,6 +36,10 @@ RIDGE = 1e-6
 """Ridge, relative to the mean variance of the original's channels."""
 LEAST_EXPLAINED = 0.5
 """Share of the variance of the pruned model's channels from which a projection is used."""
+LEAST_SHARE = 0.25
+"""Least share that a combination is divided by."""
+TINY = 1e-30
+"""Replaces a variance of 0 as divisor."""
 
 
 def projected(
@@ -107,7 +116,7 @@ class _Fit:
     def __init__(self, channels: int) -> None:
         self._gram: Floats = np.zeros((channels, channels))
         self._products: Floats | float = 0.0
-        self._squares = 0.0
+        self._squares: Floats | float = 0.0
         self._sum_x: Floats = np.zeros(channels)
         self._sum_z: Floats | float = 0.0
         self._count = 0
@@ -118,7 +127,7 @@ class _Fit:
         x, z = x[is_finite], z[is_finite]
         self._gram += x.T @ x
         self._products = self._products + x.T @ z
-        self._squares += float(np.square(z).sum())
+        self._squares = self._squares + np.square(z).sum(axis=0)
         self._sum_x += x.sum(axis=0)
         self._sum_z = self._sum_z + z.sum(axis=0)
         self._count += len(x)
@@ -130,14 +139,16 @@ class _Fit:
         mean_x, mean_z = self._sum_x / self._count, np.asarray(self._sum_z / self._count)
         covariance = self._gram / self._count - np.outer(mean_x, mean_x)
         products = self._products / self._count - np.outer(mean_x, mean_z)
-        variance = self._squares / self._count - float(np.square(mean_z).sum())
+        variance = np.maximum(self._squares / self._count - np.square(mean_z), 0.0)
         size = len(covariance)
         ridge = RIDGE * float(np.trace(covariance)) / size
-        if not ridge > 0 or not variance > 0:
+        if not ridge > 0 or not variance.any():
             return None
         matrix = Cholesky.of(covariance + ridge * np.eye(size)).solve(products)
         # The error of a ridge solution is at most the variance less the products with it.
-        explained = float((matrix * products).sum()) / variance
-        if explained < LEAST_EXPLAINED:
+        explained = (matrix * products).sum(axis=0)
+        if explained.sum() < LEAST_EXPLAINED * variance.sum():
             return None
+        shares = np.clip(explained / np.maximum(variance, TINY), LEAST_SHARE, 1.0)
+        matrix = matrix / shares
         return matrix, mean_z - mean_x @ matrix

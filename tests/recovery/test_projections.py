@@ -89,6 +89,20 @@ def test_projection_is_found_on_some_positions_of_large_tensors(
     np.testing.assert_allclose(found.projection.matrix, np.eye(6)[:, ::2], atol=1e-3)
 
 
+def test_what_pruning_took_away_does_not_shrink_the_projection(tmp_path: Path) -> None:
+    """Every channel is a sum of two inputs, of which the pruned model has lost one: a fifth of its variance."""
+    whole = np.concatenate([np.eye(4), np.eye(4) / 2])
+    halves = np.concatenate([np.eye(4), np.zeros((4, 4))])
+    original = _with(tmp_path, 4, w1=whole, b1=np.zeros(4))
+    pruned = _with(tmp_path, 2, w1=halves[:, 1:3], b1=np.zeros(2))
+    drawn = np.random.default_rng(4).normal(size=(200, 8))
+    uncorrelated = np.linalg.qr(drawn - drawn.mean(axis=0))[0] * np.sqrt(200)
+    samples = dataset.load({"x": uncorrelated.astype(np.float32)}, original)
+    (found,) = projected(original, pruned, (), samples, device="cpu", batch_size=32, seed=0)
+    assert found.projection is not None
+    np.testing.assert_allclose(found.projection.matrix, np.eye(4)[:, 1:3], atol=1e-3)
+
+
 def test_channels_that_are_no_combinations_are_left_out(
     constants: dict[str, Array], tmp_path: Path
 ) -> None:
