@@ -218,7 +218,15 @@ def _solve_group(
     *,
     groups: int = 1,
 ) -> _GroupResult:
-    """Solve the program of one of some groups for every share, from the widest to the narrowest."""
+    """Solve the programs of a group, one for every share, from the widest to the narrowest.
+
+    Args:
+        consumers: Consumers of the group.
+        units: Number of its units.
+        name: Its name.
+        settings: Refit, solver, time limit and seed.
+        groups: Number of groups of the model, which share the operations where they are many.
+    """
     began = time.perf_counter()
     order, _ = obs.eliminate(consumers, units)
     loss = _loss(consumers, settings.refit, order)
