@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -32,6 +32,9 @@ SMALL_SIDE = 96
 half of them are changed, and less, each on its own."""
 LEAST_CROP_OF_SMALL = 0.8
 """Smallest share of the area of such an image that a crop keeps."""
+MILD_SHARE = 0.5
+"""Share of the feeds of a training whose large images are only mirrored. A model that is trained on parts of images
+alone gets worse on whole ones at first, and recovers from that for hundreds of steps."""
 MEETING = (0.3, 0.7)
 """Range of the point, in shares of height and width, at which the parts of four images meet."""
 LEAST_SIDE = 8
@@ -150,6 +153,21 @@ def images(batch: Array, rng: np.random.Generator) -> Array:
     if axis != 1:
         result = np.moveaxis(result, 1, 3)
     return np.ascontiguousarray(result.astype(batch.dtype))
+
+
+def mirrored(batch: Array, rng: np.random.Generator) -> Array:
+    """Mirror half of the images, left to right.
+
+    Args:
+        batch: Images (samples, channels, height, width) or (samples, height, width, channels).
+        rng: Source of random numbers.
+
+    Returns:
+        Images of the same shape and type.
+    """
+    width_axis = 3 if _channel_axis(batch.shape) == 1 else 2
+    is_mirrored = rng.random(len(batch)) < 0.5
+    return np.where(is_mirrored[:, None, None, None], np.flip(batch, width_axis), batch)
 
 
 def _one_image(image: Array, least: float, rng: np.random.Generator) -> Array:
@@ -294,6 +312,39 @@ def choose(setting: str, model: Model, feed: Feed) -> Chosen:
     return Chosen(automatic(found), described_kinds)
 
 
+def for_training(setting: str, model: Model, feed: Feed) -> Chosen:
+    """Find the changes of the samples that a model is trained on.
+
+    Args:
+        setting: ``none``, ``auto`` or ``module:function``.
+        model: The original.
+        feed: One feed of the samples.
+
+    Returns:
+        As for :func:`choose`. With ``auto``, images that are at least ``SMALL_SIDE`` high and wide are only mirrored in
+        some of the feeds, the other inputs of which stay as they are.
+
+    Raises:
+        SettingsError: The function cannot be imported.
+    """
+    chosen = choose(setting, model, feed)
+    if setting != "auto" or chosen.function is None:
+        return chosen
+    large = _large_images(model, feed)
+    return replace(chosen, function=_often_mild(chosen.function, large)) if large else chosen
+
+
+def _often_mild(change: Augment, images_found: Collection[str]) -> Augment:
+    """Changes that in some feeds only mirror the images."""
+
+    def augment(feed: Feed, rng: np.random.Generator) -> dict[str, Array]:
+        if rng.random() >= MILD_SHARE:
+            return change(feed, rng)
+        return {**feed, **{name: mirrored(feed[name], rng) for name in images_found}}
+
+    return augment
+
+
 def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
     """Find the changes behind the augmented copies that a refit takes into account.
 
@@ -309,13 +360,17 @@ def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
     Raises:
         SettingsError: The function cannot be imported.
     """
-    if setting == "auto":
-        shapes = {name: value.shape for name, value in feed.items()}
-        found = kinds(model, shapes)
-        images_found = [shapes[name] for name, kind in found.items() if kind == "images"]
-        if all(min(_sides(shape)) < SMALL_SIDE for shape in images_found):
-            return None
+    if setting == "auto" and not _large_images(model, feed):
+        return None
     return choose(setting, model, feed).function
+
+
+def _large_images(model: Model, feed: Feed) -> list[str]:
+    """Inputs with images that are at least ``SMALL_SIDE`` high and wide."""
+    shapes = {name: value.shape for name, value in feed.items()}
+    found = kinds(model, shapes)
+    images_found = [name for name, kind in found.items() if kind == "images"]
+    return [name for name in images_found if min(_sides(shapes[name])) >= SMALL_SIDE]
 
 
 def _of_user(setting: str) -> Augment:

@@ -17,9 +17,11 @@ TENSOR_SHARE = 0.05
 tensor is smaller."""
 STEP_SHARE = 0.6
 """The same for all tensors together."""
-WARM_UP = 0.05
+USUAL_BATCH = 32
+"""Samples of a step to which the rates above belong. Steps of fewer samples are shorter: their gradient is noisier."""
+WARM_UP = 0.1
 """Share of the budget in which the rate rises."""
-LEAST_RATE = 0.1
+LEAST_RATE = 0.02
 """Share of the full rate at the first step."""
 
 
@@ -35,6 +37,22 @@ def share(progress: float) -> float:
     if progress < WARM_UP:
         return LEAST_RATE + (1 - LEAST_RATE) * progress / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def share_of_batch(samples: int) -> float:
+    """Compute the share of the rates at which a step of few samples does no more harm by its noise.
+
+    Args:
+        samples: Samples of one step.
+
+    Returns:
+        The square root of their number over ``USUAL_BATCH``, at most 1.
+
+    Source:
+        Malladi, Lyu, Panigrahi and Arora, "On the SDEs and scaling rules for adaptive gradient algorithms", NeurIPS
+        2022: the square-root rule for Adam.
+    """
+    return math.sqrt(min(samples / USUAL_BATCH, 1.0))
 
 
 def sizes(weights: Sequence[Tensor]) -> list[float]:

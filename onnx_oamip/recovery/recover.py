@@ -89,7 +89,7 @@ def run(
     with imports_of("recover", "recovery"):
         from onnx_oamip.recovery import training
 
-    chosen = augmentation.choose(settings.augment, pair.original, samples.feed(np.arange(1)))
+    chosen = augmentation.for_training(settings.augment, pair.original, samples.feed(np.arange(1)))
     size = run_size(pair.original, settings.activation_memory_limit)
     judge = Judge(pair.original, objective, judged, device=device, batch_size=size)
     final = judge

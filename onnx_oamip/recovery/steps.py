@@ -30,7 +30,7 @@ DECAY = 0.98
 """Share of the former average in the average of weights over steps."""
 FEATURE_WEIGHT = 2.0
 """Weight of the features against the objective."""
-MAX_BATCH = 32
+MAX_BATCH = rates.USUAL_BATCH
 """Samples of one step, at most."""
 BYTES_PER_ELEMENT = 8
 """An activation in float32 and its gradient."""
@@ -61,6 +61,8 @@ class Run:
             part: What is computed and trained.
         """
         self._part = part
+        # A sample that is a feed of its own may hold any number of rows, as a recording holds frames.
+        self._is_whole = task.samples.whole
         self._engine = Engine(
             task.pruned, part.tensors, given=part.given, device=task.device, weights=part.weights
         )
@@ -111,7 +113,9 @@ class Run:
             loss = loss + part.detach()
         gradients = self._take_gradients()
         slopes = [0.0 if slope is None else float(slope.abs().sum()) for slope in gradients]
-        return rates.bounded(rates.sizes(self._in_coordinates(self._start)), slopes, float(loss))
+        sizes = rates.sizes(self._in_coordinates(self._start))
+        share = 1.0 if self._is_whole else rates.share_of_batch(self.batch)
+        return [share * rate for rate in rates.bounded(sizes, slopes, float(loss))]
 
     def _take_gradients(self) -> list[Tensor | None]:
         """Gradients of all weights in their coordinates; those of the weights are cleared."""

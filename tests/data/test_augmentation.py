@@ -91,6 +91,58 @@ def test_only_large_images_are_put_together_from_several(
     assert np.mean(steps > 0.5) > 0.5 if is_pieced else steps.max() < 0.1
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 96, 100), (2, 96, 100, 3)], ids=["channels first", "channels last"]
+)
+def test_images_of_a_training_are_only_mirrored_in_half_of_the_feeds(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    loaded = model(tmp_path, f"float[{', '.join(map(str, ('N', *shape[1:])))}] x, float[N, 5] z")
+    rng = np.random.default_rng(0)
+    feed = {
+        "x": rng.uniform(-2, 3, shape).astype(np.float32),
+        "z": np.ones((2, 5), np.float32),
+    }
+    change = augmentation.for_training("auto", loaded, feed).function
+    assert change is not None
+    as_it_is = feed["x"]
+    turned = np.flip(as_it_is, 3 if shape[1] == 3 else 2)
+    states = []
+    for _ in range(60):
+        found = change(feed, rng)
+        assert found["x"].dtype == np.float32
+        assert np.array_equal(found["z"], feed["z"])
+        for image, old, mirrored in zip(found["x"], as_it_is, turned, strict=True):
+            same = [np.array_equal(image, other) for other in (old, mirrored)]
+            states.append("as it is" if same[0] else "mirrored" if same[1] else "changed")
+    shares = {state: states.count(state) / len(states) for state in set(states)}
+    assert shares == pytest.approx({"as it is": 0.25, "mirrored": 0.25, "changed": 0.5}, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("setting", "side"), [("auto", 95), ("none", 96)], ids=["small images", "no changes"]
+)
+def test_changes_of_a_training_are_the_chosen_ones_without_large_images(
+    setting: str, side: int, tmp_path: Path
+) -> None:
+    loaded = model(tmp_path, f"float[N, 3, {side}, {side}] x")
+    feed = {"x": np.random.default_rng(0).normal(size=(4, 3, side, side)).astype(np.float32)}
+    found = augmentation.for_training(setting, loaded, feed)
+    expected = augmentation.choose(setting, loaded, feed)
+    assert found.description == expected.description
+    if expected.function is None:
+        assert found.function is None
+        return
+    assert found.function is not None
+    for seed in range(4):
+        here, there = (
+            chosen.function(feed, np.random.default_rng(seed))["x"]
+            for chosen in (found, expected)
+            if chosen.function is not None
+        )
+        assert np.array_equal(here, there)
+
+
 def test_crop_resamples_a_ramp_linearly() -> None:
     ramp = np.tile(np.arange(10.0, dtype=np.float32), (1, 3, 1))
     found = augmentation._resampled(ramp, 2, np.array([0.25, 4.5, 8.75, 20.0]))

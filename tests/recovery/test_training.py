@@ -157,6 +157,24 @@ def test_rates_are_bounded_by_the_fall_of_the_loss_that_they_predict() -> None:
     assert sum(rate * 1e3 for rate in many) == pytest.approx(rates.STEP_SHARE * loss)
 
 
+def test_rates_fall_with_the_root_of_the_samples_of_a_step() -> None:
+    """With a quarter of the samples, the noise of a gradient doubles, and a step is half as long."""
+    usual = rates.share_of_batch(rates.USUAL_BATCH)
+    assert usual == rates.share_of_batch(4 * rates.USUAL_BATCH) == 1
+    assert rates.share_of_batch(rates.USUAL_BATCH // 4) == 0.5
+
+
+def test_rate_rises_from_a_small_share_and_falls_to_zero() -> None:
+    shares = [rates.share(progress) for progress in np.linspace(0, 1, 101)]
+    peak = int(np.argmax(shares))
+    assert shares[0] == rates.LEAST_RATE
+    assert shares[peak] == pytest.approx(1)
+    assert peak == round(100 * rates.WARM_UP)
+    assert shares[-1] == pytest.approx(0, abs=1e-9)
+    assert (np.diff(shares[: peak + 1]) > 0).all()
+    assert (np.diff(shares[peak:]) < 0).all()
+
+
 def test_infinite_loss_at_the_first_evaluation_goes_back_to_the_start(
     case: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

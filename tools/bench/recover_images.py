@@ -56,12 +56,11 @@ class Case(NamedTuple):
 CASES = (
     Case(NAMES[0], 0.5, None, False, 400),
     Case(NAMES[0], 0.5, None, False, 1200),
+    Case(NAMES[0], 0.5, FEW, False, 400),
     Case(NAMES[0], 0.5, None, True, 400),
     Case(NAMES[0], 0.5, None, True, 1200),
-    Case(NAMES[0], 0.8, None, True, 400),
-    Case(NAMES[0], 0.65, None, True, 400),
-    Case(NAMES[0], 0.35, None, True, 400),
-    Case(NAMES[0], 0.5, FEW, False, 400),
+    *(Case(NAMES[0], macs, None, False, 400) for macs in (0.8, 0.65, 0.35)),
+    *(Case(name, 0.5, None, False, 400) for name in NAMES[1:]),
 )
 COLUMNS = (
     "model",
