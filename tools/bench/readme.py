@@ -248,9 +248,7 @@ TEXT = {
         (
             "EfficientNet-Lite at a share of its MACs, refitted to four fifths of its 512 calibration images; "
             "recoveries from there on different images, judged by the last fifth. The 512 are crops of 131 "
-            "photographs; composed are images of 352 stamps on crops of the same photographs. Rows with composed "
-            "images start from an earlier refit, which left more to gain. The recovery of 1,313 steps took every "
-            "changed batch three times: about as many different ones as that of 400 steps. Agreement "
+            "photographs; composed are images of 352 stamps on crops of the same photographs. Agreement "
             "with the original's first answer in percent and divergence from its answers in nats on 512 crops of other "
             "photographs."
         ),

