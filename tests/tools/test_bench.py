@@ -554,6 +554,16 @@ def test_mechanisms_are_left_out_and_alone() -> None:
     assert settings["none"].refit == "none"
 
 
+def test_slow_mechanism_is_measured_once() -> None:
+    found = mechanisms.choices("second looks")
+    assert found["all"] == mechanisms.choices()["all"]
+    assert found["all but second looks"] == mechanisms.choices()["all but second looks"]
+    settings = {name: Settings.create(macs=0.5, **values) for name, values in found.items()}
+    assert [name for name, one in settings.items() if one.effort == "high"] == ["all"]
+    assert settings["all but second looks and copies"].augment == "none"
+    assert len(found) == 1 + 2 * len(mechanisms.OFF) + 1 - len(mechanisms.NEEDS)
+
+
 def test_every_level_of_effort_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
