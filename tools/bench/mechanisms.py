@@ -92,5 +92,5 @@ def _rows(bench: Bench, seed: int, study: Resumable) -> Iterator[Row]:
                 ready = prepare.prepare(bench.model, bench.data, settings)
                 row = bench.row(budget, choice, search.search(ready).pruned.proto)
                 row["mechanisms"] = row.pop("method")
-                row[SCALED] = 1000 * row["divergence"]
+                row[SCALED] = round(1000 * row["divergence"], 1)
                 yield {column: row[column] for column in COLUMNS}
