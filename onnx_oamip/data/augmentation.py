@@ -32,7 +32,7 @@ SMALL_SIDE = 96
 half of them are changed, and less, each on its own."""
 LEAST_CROP_OF_SMALL = 0.8
 """Smallest share of the area of such an image that a crop keeps."""
-MILD_SHARE = 0.5
+MIRRORED_ONLY = 0.5
 """Share of the feeds of a training whose large images are only mirrored. A model that is trained on parts of images
 alone gets worse on whole ones at first, and recovers from that for hundreds of steps."""
 MEETING = (0.3, 0.7)
@@ -331,14 +331,14 @@ def for_training(setting: str, model: Model, feed: Feed) -> Chosen:
     if setting != "auto" or chosen.function is None:
         return chosen
     large = _large_images(model, feed)
-    return replace(chosen, function=_often_mild(chosen.function, large)) if large else chosen
+    return replace(chosen, function=_mirroring_some(chosen.function, large)) if large else chosen
 
 
-def _often_mild(change: Augment, images_found: Collection[str]) -> Augment:
-    """Changes that in some feeds only mirror the images."""
+def _mirroring_some(change: Augment, images_found: Collection[str]) -> Augment:
+    """Changes of feeds, in place of which the images of some feeds are only mirrored."""
 
     def augment(feed: Feed, rng: np.random.Generator) -> dict[str, Array]:
-        if rng.random() >= MILD_SHARE:
+        if rng.random() >= MIRRORED_ONLY:
             return change(feed, rng)
         return {**feed, **{name: mirrored(feed[name], rng) for name in images_found}}
 

@@ -17,6 +17,7 @@ from onnx_oamip.core.errors import DataError, GateFailed, SettingsError
 from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.records import Objective, Plan, Scale, Term
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import augmentation
 from onnx_oamip.objective import compare
 from onnx_oamip.planning import execution
 from onnx_oamip.planning.execution import Attempt
@@ -24,7 +25,7 @@ from onnx_oamip.statistics.context import Context
 
 torch = pytest.importorskip("torch")
 
-from onnx_oamip.recovery import engine, losses, rates, training  # noqa: E402
+from onnx_oamip.recovery import engine, losses, rates, steps, training  # noqa: E402
 from onnx_oamip.recovery import recover as recovery  # noqa: E402
 from onnx_oamip.recovery.judge import Judge  # noqa: E402
 from onnx_oamip.recovery.task import Task  # noqa: E402
@@ -162,6 +163,81 @@ def test_rates_fall_with_the_root_of_the_samples_of_a_step() -> None:
     usual = rates.share_of_batch(rates.USUAL_BATCH)
     assert usual == rates.share_of_batch(4 * rates.USUAL_BATCH) == 1
     assert rates.share_of_batch(rates.USUAL_BATCH // 4) == 0.5
+
+
+def _full_rates(case: Path, data: object, patch: pytest.MonkeyPatch) -> list[float]:
+    """Rates of all weights, which a recovery of one step begins with."""
+    seen: list[list[float]] = []
+    grouped = rates.groups
+
+    def groups(weights: object, full: list[float]) -> object:
+        seen.append(full)
+        return grouped(weights, full)
+
+    with patch.context() as here:
+        here.setattr(rates, "groups", groups)
+        recover(case / "half.onnx", case / "model.onnx", data, settings(recover=1))
+    return seen[0]
+
+
+def test_steps_of_few_samples_have_smaller_rates(
+    case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rates of the whole batch are those at a share of 1, and follow the share of its size."""
+    monkeypatch.setattr(steps, "MAX_BATCH", 8)
+    smaller = _full_rates(case, case / "data.npz", monkeypatch)
+    monkeypatch.setattr(rates, "USUAL_BATCH", 8)
+    usual = _full_rates(case, case / "data.npz", monkeypatch)
+    np.testing.assert_allclose(smaller, np.multiply(usual, 0.5), rtol=1e-6)
+
+
+def test_samples_of_unequal_shapes_keep_the_full_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a step of its own, and may hold any number of rows."""
+    text = NETWORK.replace("Gemm(x, w1, b1)", "MatMul(x, w1)").replace(
+        "Gemm(r, w2, b2)", "MatMul(r, w2)"
+    )
+    text = text.replace("float[N, 8]", "float[N, T, 8]").replace("float[N, 4]", "float[N, T, 4]")
+    text = text.replace(" float[24] b1,", "").replace(" float[16] b2,", "")
+    onnx.save_model(build(text), tmp_path / "model.onnx")
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.normal(size=(1, 4 + i % 3, 8)).astype(np.float32)} for i in range(40)]
+    files = (tmp_path / "model.onnx", data, tmp_path / "half.onnx")
+    prune(*files, BARE)
+    before = _full_rates(tmp_path, data, monkeypatch)
+    monkeypatch.setattr(rates, "USUAL_BATCH", 1)
+    assert _full_rates(tmp_path, data, monkeypatch) == before
+
+
+def test_large_images_are_trained_on_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the share of feeds that are only mirrored at 1, no other change is made."""
+    text = """(float[N, 3, 96, 96] x) => (float[N, 4] y)
+    <float[16, 3, 4, 4] w1, float[16, 4] w2> {
+        a = Conv<strides = [4, 4]>(x, w1)
+        r = Relu(a)
+        p = GlobalAveragePool(r)
+        f = Flatten(p)
+        y = MatMul(f, w2)
+    }"""
+    onnx.save_model(build(text), tmp_path / "model.onnx")
+    data = {"x": np.random.default_rng(0).normal(size=(40, 3, 96, 96)).astype(np.float32)}
+    prune(tmp_path / "model.onnx", data, tmp_path / "half.onnx", BARE)
+    mirrored: list[int] = []
+    mirror = augmentation.mirrored
+
+    def counted(batch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        mirrored.append(len(batch))
+        return mirror(batch, rng)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an image is changed otherwise")
+
+    monkeypatch.setattr(augmentation, "MIRRORED_ONLY", 1.0)
+    monkeypatch.setattr(augmentation, "mirrored", counted)
+    monkeypatch.setattr(augmentation, "images", refuse)
+    recover(tmp_path / "half.onnx", tmp_path / "model.onnx", data, settings(recover=3))
+    assert mirrored
 
 
 def test_rate_rises_from_a_small_share_and_falls_to_zero() -> None:

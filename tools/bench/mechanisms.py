@@ -57,13 +57,13 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None =
 def choices(slow: str | None = None) -> dict[str, dict[str, str]]:
     """Settings of every choice of mechanisms, by its name; without ``slow`` but for the choice of all."""
     found = {"all": dict(ON)}
+    always = [] if slow is None else [slow]
     if slow is not None:
-        found[f"all but {slow}"] = _without([slow])
+        found[f"all but {slow}"] = _without(always)
     for name in OFF:
-        if slow is None:
-            found[f"all but {name}"] = _without([name])
-        elif name != slow:
-            found[f"all but {slow} and {name}"] = _without([slow, name])
+        if name not in always:
+            missing = [*always, name]
+            found[f"all but {' and '.join(missing)}"] = _without(missing)
     for name in OFF:
         if name in NEEDS:
             continue

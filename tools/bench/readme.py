@@ -48,7 +48,7 @@ TEXT = {
         (
             "What each mechanism of the default, and of `--effort high`, is worth: accuracy in percent, or agreement "
             "with the original, with all of them, each left out, each alone, and none; widths not aligned. Of "
-            "EfficientNet-Lite0 second looks, which take longer than all others together, are left out throughout."
+            "EfficientNet-Lite0 only a row with all mechanisms has second looks, which take longer than the others."
         ),
     ),
     "effort": (
