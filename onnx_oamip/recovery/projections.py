@@ -14,7 +14,8 @@ it explains; else the pruned model would be held to what it has lost already.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,6 +43,19 @@ TINY = 1e-30
 """Replaces a variance of 0 as divisor."""
 
 
+@dataclass(frozen=True)
+class Projected:
+    """Tensors that are compared by projections.
+
+    Attributes:
+        features: Ends of blocks with fewer channels in the pruned model, in graph order, each with its projection.
+        left_out: Reason by tensor why an end of a block is not compared.
+    """
+
+    features: tuple[Feature, ...]
+    left_out: Mapping[str, str]
+
+
 def projected(
     original: Model,
     pruned: Model,
@@ -51,7 +65,7 @@ def projected(
     device: str,
     batch_size: int,
     seed: int,
-) -> tuple[Feature, ...]:
+) -> Projected:
     """Find further tensors at which both models can be compared, and fit their projections.
 
     Args:
@@ -64,12 +78,11 @@ def projected(
         seed: Seed of the choice of positions.
 
     Returns:
-        Ends of blocks with fewer channels in the pruned model, in graph order, each with its projection; without those
-        whose channels are no combinations of the original's.
+        The tensors with their projections, and the reasons why other ends of blocks cannot be compared.
     """
-    axes = _narrowed_axes(original, pruned, known)
+    axes, left_out = _narrowed_axes(original, pruned, known)
     if not axes:
-        return ()
+        return Projected((), left_out)
     fits = {name: _Fit(original.shapes[name][axis]) for name, axis in axes.items()}
     names = list(axes)
     sessions = [
@@ -85,22 +98,41 @@ def projected(
     found = []
     for name, axis in axes.items():
         solved = fits[name].solved()
-        if solved is not None:
+        if isinstance(solved, str):
+            left_out[name] = solved
+        else:
             found.append(Feature(name, projection=Projection(axis, *solved)))
-    return tuple(found)
+    return Projected(tuple(found), left_out)
 
 
-def _narrowed_axes(original: Model, pruned: Model, known: Collection[str]) -> dict[str, int]:
-    """Axis of the channels by tensor: the only one along which the pruned model is narrower."""
-    axes = {}
+def _narrowed_axes(
+    original: Model, pruned: Model, known: Collection[str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Axis of the channels by tensor, and the reason by tensor why it has none that is compared."""
+    axes, left_out = {}, {}
     for name in block_ends(original):
-        wide, narrow = original.shapes.get(name), pruned.shapes.get(name)
-        if name in known or wide is None or narrow is None or len(wide) != len(narrow):
+        if name in known:
             continue
-        other = [axis for axis in range(len(wide)) if wide[axis] != narrow[axis]]
-        if len(other) == 1 and narrow[other[0]] < wide[other[0]] <= MOST_CHANNELS:
-            axes[name] = other[0]
-    return axes
+        found = _narrowed_axis(original.shapes.get(name), pruned.shapes.get(name))
+        if isinstance(found, int):
+            axes[name] = found
+        else:
+            left_out[name] = found
+    return axes, left_out
+
+
+def _narrowed_axis(wide: tuple[int, ...] | None, narrow: tuple[int, ...] | None) -> int | str:
+    """The only axis along which the pruned model is narrower; the reason where there is none."""
+    if wide is None or narrow is None:
+        return "the pruned model has no such tensor, or its shape is not known"
+    if len(wide) != len(narrow):
+        return "the two models have different numbers of axes there"
+    other = [axis for axis in range(len(wide)) if wide[axis] != narrow[axis]]
+    if len(other) != 1 or narrow[other[0]] > wide[other[0]]:
+        return "the pruned model is not narrower along one axis alone"
+    if wide[other[0]] > MOST_CHANNELS:
+        return f"more than {MOST_CHANNELS:,} channels to combine"
+    return other[0]
 
 
 def _channels(value: Array, axis: int, rows: Ints) -> Floats:
@@ -132,10 +164,10 @@ class _Fit:
         self._sum_z = self._sum_z + z.sum(axis=0)
         self._count += len(x)
 
-    def solved(self) -> tuple[Floats, Floats] | None:
-        """The projection (channels, channels of the pruned model) and the shift; None where it explains too little."""
+    def solved(self) -> tuple[Floats, Floats] | str:
+        """The projection (channels, channels of the pruned model) and the shift; the reason where there is none."""
         if not self._count:
-            return None
+            return "no position has finite values in both models"
         mean_x, mean_z = self._sum_x / self._count, np.asarray(self._sum_z / self._count)
         covariance = self._gram / self._count - np.outer(mean_x, mean_x)
         products = self._products / self._count - np.outer(mean_x, mean_z)
@@ -143,12 +175,13 @@ class _Fit:
         size = len(covariance)
         ridge = RIDGE * float(np.trace(covariance)) / size
         if not ridge > 0 or not variance.any():
-            return None
+            return "the channels of one model are constant"
         matrix = Cholesky.of(covariance + ridge * np.eye(size)).solve(products)
         # The error of a ridge solution is at most the variance less the products with it.
         explained = (matrix * products).sum(axis=0)
-        if explained.sum() < LEAST_EXPLAINED * variance.sum():
-            return None
+        share = float(explained.sum() / variance.sum())
+        if share < LEAST_EXPLAINED:
+            return f"combinations of the original's channels explain {share:.0%} of the variance, less than half"
         shares = np.clip(explained / np.maximum(variance, TINY), LEAST_SHARE, 1.0)
         matrix = matrix / shares
         return matrix, mean_z - mean_x @ matrix

@@ -96,11 +96,14 @@ def run(
     if measured is not None and measured is not judged:
         final = Judge(pair.original, objective, measured, device=device, batch_size=size)
     torch_device = training.resolve_device(settings.device)
+    compared, features_left_out = _features(
+        pair, samples, device, batch_size=size, seed=settings.seed
+    )
     task = Task(
         original=pair.original,
         pruned=pair.pruned,
         objective=objective,
-        features=_features(pair, samples, device, batch_size=size, seed=settings.seed),
+        features=compared,
         samples=samples,
         judge=judge,
         device=torch_device,
@@ -112,6 +115,9 @@ def run(
         stop=stop,
     )
     trained = training.train(task, effort_of(settings.recover or DEFAULT_EFFORT))
+    for feature in compared:
+        if feature.tensor not in trained.features:
+            features_left_out[feature.tensor] = "it is no part of what is trained"
     best = trained.best
     proto = unrecovered or pair.pruned.proto
     if trained.proto is None:
@@ -140,6 +146,7 @@ def run(
         device=torch_device,
         weights=len(trained.weights),
         features=trained.features,
+        features_left_out=features_left_out,
         left_out=trained.left_out,
         curve=tuple(best.curve),
         outputs_before=final.measures(pair.pruned.proto),
@@ -149,8 +156,8 @@ def run(
 
 def _features(
     pair: Pair, samples: Samples, device: str, *, batch_size: int, seed: int
-) -> tuple[features.Feature, ...]:
-    """Tensors that are compared: by channels where these are known, else by combinations of them."""
+) -> tuple[tuple[features.Feature, ...], dict[str, str]]:
+    """Tensors that are compared, by channels where these are known, else by combinations; reasons against others."""
     by_channel = features.features(pair.original, pair.pruned, pair.coupling, pair.keep)
     combined = projections.projected(
         pair.original,
@@ -161,7 +168,7 @@ def _features(
         batch_size=batch_size,
         seed=seed,
     )
-    return (*by_channel, *combined)
+    return (*by_channel, *combined.features), dict(combined.left_out)
 
 
 def _check_inputs_and_outputs(original: Model, objective: Objective) -> None:

@@ -254,4 +254,4 @@ def _batch_size(task: Task) -> int:
     needed = {name for node in model.nodes for name in node.outputs if name in model.shapes}
     elements = sum(int(np.prod(model.shapes[name])) for name in needed - set(model.constants))
     each = BYTES_PER_ELEMENT * elements // max(model.batch, 1)
-    return int(np.clip(task.memory // max(each, 1), 1, MAX_BATCH))
+    return int(np.clip(task.memory // max(each, 1), 1, min(MAX_BATCH, samples.count)))

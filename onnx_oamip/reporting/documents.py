@@ -370,6 +370,7 @@ def _recovery(found: Recovery) -> Document:
         "device": found.device,
         "weights": found.weights,
         "features": list(found.features),
+        "features_left_out": dict(found.features_left_out),
         "left_out": list(found.left_out),
         "curve": [{"step": step, "loss": loss} for step, loss in found.curve],
         "outputs": [

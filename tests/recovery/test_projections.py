@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from onnx_oamip.artifacts import plan_files
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.recovery import projections
-from onnx_oamip.recovery.projections import projected
+from onnx_oamip.recovery.projections import Projected, projected
 
 STREAM = """(float[N, 8] x) => (float[N, 4] y)
 <float[8, {width}] w1, float[{width}] b1, float[{width}, 16] w2, float[16, 4] w3> {{
@@ -45,11 +48,18 @@ def constants() -> dict[str, Array]:
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
 
-def _samples(model: Model) -> dataset.Samples:
+def _samples(model: Model) -> Samples:
     values = np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32)
     found = dataset.load({"x": values}, model)
     assert found is not None
     return found
+
+
+def _projected(
+    original: Model, pruned: Model, samples: Samples, known: tuple[str, ...] = ("r",)
+) -> Projected:
+    """Projections without those of tensors that are of the same shape in both models."""
+    return projected(original, pruned, known, samples, device="cpu", batch_size=32, seed=0)
 
 
 def test_projection_equals_the_change_of_basis(constants: dict[str, Array], tmp_path: Path) -> None:
@@ -65,14 +75,35 @@ def test_projection_equals_the_change_of_basis(constants: dict[str, Array], tmp_
         w2=np.linalg.pinv(basis) @ constants["w2"],
     )
     samples = _samples(original)
-    (found,) = projected(original, pruned, (), samples, device="cpu", batch_size=32, seed=0)
+    (found,) = _projected(original, pruned, samples).features
     assert found.tensor == "c"
     assert found.narrowed == (1,)
     assert found.projection is not None
     np.testing.assert_allclose(found.projection.matrix, basis, atol=1e-3)
     np.testing.assert_allclose(found.projection.shift, shift, atol=1e-3)
-    assert not projected(original, pruned, ("c",), samples, device="cpu", batch_size=32, seed=0)
-    assert not projected(original, original, (), samples, device="cpu", batch_size=32, seed=0)
+
+
+def test_reasons_why_ends_of_blocks_are_not_compared(
+    constants: dict[str, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = _with(tmp_path, 6, **constants)
+    pruned, wider = _with(tmp_path, 3), _with(tmp_path, 9)
+    samples = _samples(original)
+    known = _projected(original, pruned, samples, known=("c", "r"))
+    assert not known.features
+    assert not known.left_out
+    equal = _projected(original, wider, samples)
+    assert not equal.features
+    assert equal.left_out == {"c": "the pruned model is not narrower along one axis alone"}
+    unknown = replace(pruned, shapes={n: s for n, s in pruned.shapes.items() if n != "c"})
+    reason = "the pruned model has no such tensor, or its shape is not known"
+    assert _projected(original, unknown, samples).left_out == {"c": reason}
+    fewer_axes = replace(pruned, shapes={**pruned.shapes, "c": (3,)})
+    reason = "the two models have different numbers of axes there"
+    assert _projected(original, fewer_axes, samples).left_out == {"c": reason}
+    monkeypatch.setattr(projections, "MOST_CHANNELS", 5)
+    reason = "more than 5 channels to combine"
+    assert _projected(original, pruned, samples).left_out == {"c": reason}
 
 
 def test_projection_is_found_on_some_positions_of_large_tensors(
@@ -84,7 +115,7 @@ def test_projection_is_found_on_some_positions_of_large_tensors(
     halves = {"w1": constants["w1"][:, ::2], "b1": constants["b1"][::2]}
     pruned = _with(tmp_path, 3, **halves, w2=constants["w2"][::2])
     samples = _samples(original)
-    (found,) = projected(original, pruned, (), samples, device="cpu", batch_size=32, seed=0)
+    (found,) = _projected(original, pruned, samples).features
     assert found.projection is not None
     np.testing.assert_allclose(found.projection.matrix, np.eye(6)[:, ::2], atol=1e-3)
 
@@ -98,7 +129,7 @@ def test_what_pruning_took_away_does_not_shrink_the_projection(tmp_path: Path) -
     drawn = np.random.default_rng(4).normal(size=(200, 8))
     uncorrelated = np.linalg.qr(drawn - drawn.mean(axis=0))[0] * np.sqrt(200)
     samples = dataset.load({"x": uncorrelated.astype(np.float32)}, original)
-    (found,) = projected(original, pruned, (), samples, device="cpu", batch_size=32, seed=0)
+    (found,) = _projected(original, pruned, samples).features
     assert found.projection is not None
     np.testing.assert_allclose(found.projection.matrix, np.eye(4)[:, 1:3], atol=1e-3)
 
@@ -112,16 +143,17 @@ def test_channels_that_are_no_combinations_are_left_out(
     rng = np.random.default_rng(3)
     original = _with(tmp_path, 6, w1=first * constants["w1"])
     other = _with(tmp_path, 3, w1=second * rng.normal(size=(8, 3)))
-    assert not projected(
-        original, other, (), _samples(original), device="cpu", batch_size=32, seed=0
-    )
+    found = _projected(original, other, _samples(original))
+    assert not found.features
+    (reason,) = found.left_out.values()
+    assert re.fullmatch(r"combinations .* explain \d% of the variance, less than half", reason)
 
 
 def test_channels_without_variance_are_left_out(tmp_path: Path) -> None:
     original, pruned = (_with(tmp_path, width, w1=np.zeros((8, width))) for width in (6, 3))
-    assert not projected(
-        original, pruned, (), _samples(original), device="cpu", batch_size=32, seed=0
-    )
+    found = _projected(original, pruned, _samples(original))
+    assert not found.features
+    assert found.left_out == {"c": "the channels of one model are constant"}
 
 
 def test_recovery_with_a_plan_compares_principal_components(tmp_path: Path) -> None:

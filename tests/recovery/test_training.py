@@ -21,6 +21,7 @@ from onnx_oamip.data import augmentation
 from onnx_oamip.objective import compare
 from onnx_oamip.planning import execution
 from onnx_oamip.planning.execution import Attempt
+from onnx_oamip.reporting import documents
 from onnx_oamip.statistics.context import Context
 
 torch = pytest.importorskip("torch")
@@ -189,6 +190,13 @@ def test_steps_of_few_samples_have_smaller_rates(
     monkeypatch.setattr(rates, "USUAL_BATCH", 8)
     usual = _full_rates(case, case / "data.npz", monkeypatch)
     np.testing.assert_allclose(smaller, np.multiply(usual, 0.5), rtol=1e-6)
+
+
+def test_batch_holds_no_more_samples_than_there_are(case: Path) -> None:
+    with np.load(case / "data.npz") as held:
+        data = {"x": held["x"][:20]}
+    found = recover(case / "half.onnx", case / "model.onnx", data, settings(recover=1)).recovery
+    assert found.batch == found.samples < rates.USUAL_BATCH
 
 
 def test_samples_of_unequal_shapes_keep_the_full_rates(
@@ -577,6 +585,28 @@ def test_node_that_torch_cannot_compute_is_named_and_the_rest_is_trained(tmp_pat
     assert any("Trilu" in text for text in found.recovery.left_out)
     assert found.recovery.weights > 0
     assert found.recovery.accepted
+
+
+def test_ends_of_blocks_that_are_not_trained_are_named_with_the_reason(tmp_path: Path) -> None:
+    """The part behind the node that torch cannot compute is trained, as it has more weights."""
+    text = """(float[N, 8] x) => (float[N, 4] y)
+    <float[8, 16] w1, float[16, 24] w2, float[24, 32] w3, float[32, 4] w4, int64[1] size = {16}> {
+        a = MatMul(x, w1)
+        t = CenterCropPad<axes = [1]>(a, size)
+        c = MatMul(t, w2)
+        r = Relu(c)
+        d = MatMul(r, w3)
+        s = Relu(d)
+        y = MatMul(s, w4)
+    }"""
+    onnx.save_model(build(text, opset=18), tmp_path / "model.onnx")
+    data = {"x": np.random.default_rng(1).normal(size=(60, 8)).astype(np.float32)}
+    files = (tmp_path / "model.onnx", tmp_path / "model.onnx", data)
+    found = recover(*files, settings(recover=2))
+    assert found.recovery.features == ("c", "d", "s")
+    assert found.recovery.features_left_out == {"a": "it is no part of what is trained"}
+    document = documents.recovered(found)["recovery"]
+    assert document["features_left_out"] == found.recovery.features_left_out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -155,6 +155,7 @@ class Recovery:
         outputs_before: Measures of the terms before training, on the evaluation data or else on the held-out samples.
         outputs: The same of the model that is taken.
         refusal: Reason why the trained model is not taken, as a clause; empty where it is taken.
+        features_left_out: Reason by tensor why the end of a block was not compared.
     """
 
     accepted: bool
@@ -178,6 +179,7 @@ class Recovery:
     outputs_before: tuple[Measure, ...] = ()
     outputs: tuple[Measure, ...] = ()
     refusal: str = ""
+    features_left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
