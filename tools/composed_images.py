@@ -2,7 +2,7 @@
 
     apt-get download tuxpaint-stamps-default
     dpkg -x tuxpaint-stamps-default*.deb STAMPS
-    python -m tools.composed_images --stamps STAMPS --photographs DIR --out FILE.npz
+    python -m tools.composed_images --stamps STAMPS --photographs DIR [--count N] --out FILE.npz
 
 ``DIR`` is the folder of ``tools/photographs.py``. The stamps of Tux Paint are cut-out photographs and drawings of
 animals, food, clothes, tools and vehicles. Crops of the photographs that are held out for evaluation are not used. The
@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools.composed_images", description=__doc__)
     parser.add_argument("--stamps", type=Path, required=True)
     parser.add_argument("--photographs", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help="number of images")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     seen, _ = photographs.split(photographs.find(given.photographs))
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(
             f"{len(files)} stamps in {given.stamps} and {len(seen)} photographs in {given.photographs}; both need some."
         )
-    images = compose(files, photographs.crops(seen, COUNT, CROPS_SEED))
+    images = compose(files, photographs.crops(seen, given.count, CROPS_SEED))
     np.savez(given.out, input=images, **CODES)
     print(
         f"{len(images)} images of {len(files)} stamps on crops of {len(seen)} photographs in {given.out}"

@@ -2,8 +2,8 @@
 
 Every network is pruned to a budget and refitted to four fifths of its calibration images. The trainings of a budget
 start from this model and are judged by the last fifth. They take the first images of the four fifths, all of them, or
-with them the images that ``tools.composed_images`` makes, from ``efficientnet-lite0.composed.npz`` in the folder of the
-larger networks. Figures come from the crops of other photographs, which no step has seen.
+with them N images that ``tools.composed_images`` makes, from ``composed-N.npz`` in the folder of the larger networks.
+Figures come from the crops of other photographs, which no step has seen.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ class Case(NamedTuple):
     Attributes:
         macs: Budget of the pruned model.
         count: First images of the training part, None for all.
-        with_composed: True to train on the composed images as well.
+        composed: Number of composed images to train on as well.
     """
 
     name: str
     macs: float
     count: int | None
-    with_composed: bool
+    composed: int
     steps: int
 
 
+COMPOSED = (1024, 4096)
+"""Numbers of composed images: every stamp three times, and twelve times."""
 CASES = (
-    Case(NAMES[0], 0.5, None, False, 400),
-    Case(NAMES[0], 0.5, None, False, 1200),
-    Case(NAMES[0], 0.5, FEW, False, 400),
-    Case(NAMES[0], 0.5, None, True, 400),
-    Case(NAMES[0], 0.5, None, True, 1200),
-    *(Case(NAMES[0], macs, None, False, 400) for macs in (0.8, 0.65, 0.35)),
-    *(Case(name, 0.5, None, False, 400) for name in NAMES[1:]),
+    Case(NAMES[0], 0.5, None, 0, 400),
+    Case(NAMES[0], 0.5, FEW, 0, 400),
+    *(Case(NAMES[0], 0.5, None, count, 1200) for count in COMPOSED),
+    Case(NAMES[0], 0.5, None, COMPOSED[0], 3000),
+    *(Case(NAMES[0], macs, None, 0, 400) for macs in (0.8, 0.65, 0.35)),
+    *(Case(name, 0.5, None, 0, 400) for name in NAMES[1:]),
 )
 COLUMNS = (
     "model",
@@ -155,14 +156,13 @@ def run(out: Path, seed: int, larger: Path | None, kept: Path, names: Sequence[s
             continue
         assert larger is not None
         setting = Setting(larger / f"{name}.onnx", larger / f"{name}.npz", seed)
-        composed = larger / f"{NAMES[0]}.composed.npz"
         for case in CASES:
             if case.name != name:
                 continue
-            if case.with_composed and not composed.exists():
-                print(f"{case} needs {composed} of `python -m tools.composed_images`; left out")
+            more = larger / f"composed-{case.composed}.npz" if case.composed else None
+            if more is not None and not more.exists():
+                print(f"{case} needs {more} of `python -m tools.composed_images`; left out")
                 continue
-            more = composed if case.with_composed else None
             count = case.count or setting.training.count
             samples = dataset.load(setting.images(count, more), setting.original)
             key: Row = {"model": name, "MACs asked": case.macs, "steps asked": case.steps}
