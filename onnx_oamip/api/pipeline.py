@@ -174,8 +174,7 @@ def _thin(context: Context) -> Result:
     with context.clock("connections"):
         found = connections.prune(context)
     before = cost.count(model)
-    dense = models.from_proto(found.dense, model.bindings)
-    after = cost.count(replace(dense, idle=model.idle))
+    after = cost.count(models.remade(model, found.dense))
     report = Report(
         model=model,
         output=None,
@@ -499,7 +498,9 @@ def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | Non
         if ready.without_judged is not ready:
             start = execution.carry_out(ready.without_judged, result.plan)
             refitted = ready.samples.count
-        student = models.from_proto(start.pruned.proto, model.bindings, path="the pruned model")
+        student = models.from_proto(
+            start.pruned.proto, model.bindings, path="the pruned model", batch=model.batch
+        )
         proto, found = recovery.run(
             recovery.Pair(model, student, ready.coupling, result.plan.keep),
             ready.objective,

@@ -458,7 +458,11 @@ def open_context(
     with clock("load"):
         model = models.load(path, stated=settings.shapes)
         samples, held = samples_of(model, source, eval_data, settings)
+        # Random feeds have as many samples as the model fixes; a feed of data is one.
+        fixed_batch = model.batch
         model = dataset.at_data(model, samples)
+        if source is None:
+            model = replace(model, batch=fixed_batch)
         in_file, returns = model, frozenset[str]()
         if source is not None:
             in_file = idle_branches.marked(model, samples)

@@ -17,9 +17,10 @@ from onnx_oamip.core.records import (
     Port,
 )
 from onnx_oamip.data import layouts, out_of_core
-from onnx_oamip.data.layouts import fits, fixed
+from onnx_oamip.data.layouts import fits
 from onnx_oamip.data.out_of_core import Values
 from onnx_oamip.data.unequal import Stored, UnequalArrays, as_text
+from onnx_oamip.graph.batch_symbols import is_fixed
 
 LABELS = "labels"
 GROUPS = "groups"
@@ -241,6 +242,7 @@ def find_layouts(
     arrays: Mapping[str, Stored],
     model: Model,
     where: str,
+    labelled: int | None = None,
 ) -> tuple[dict[str, layouts.Layout], int]:
     """Find the layout of every array, and the number of samples.
 
@@ -248,6 +250,7 @@ def find_layouts(
         arrays: Array of every input.
         model: The model.
         where: Name of the source.
+        labelled: Number of labels, which decides where shapes leave a choice; None without labels.
 
     Returns:
         Layouts by input, and the number of samples.
@@ -255,9 +258,9 @@ def find_layouts(
     Raises:
         DataError: An array does not fit its input, the arrays hold unequal numbers of samples, or none.
     """
-    found = layouts.find(arrays, model)
+    found = layouts.find(arrays, model, labelled)
     if found is None:
-        counts = {name: _length(array) for name, array in arrays.items()}
+        counts = {name: length(array) for name, array in arrays.items()}
         most = max(counts.values())
         for port in model.inputs:
             _check_shape(arrays[port.name], port, model, where, count=most)
@@ -273,8 +276,15 @@ def find_layouts(
     return found
 
 
-def _length(array: Stored) -> int:
-    """Number of samples if axis 0 counts them, 1 for a single number."""
+def length(array: Stored) -> int:
+    """Count the entries of axis 0.
+
+    Args:
+        array: Any array.
+
+    Returns:
+        Number of samples if axis 0 counts them, 1 for a single number.
+    """
     if isinstance(array, UnequalArrays) or array.ndim:
         return len(array)
     return 1
@@ -299,7 +309,7 @@ def _check_shape(array: Stored, port: Port, model: Model, where: str, *, count: 
     else:
         found = f"shape {array.shape}"
         hint = _transpose_hint(array, port)
-    several = len(model.inputs) > 1 or bool(port.dims and fixed(port.dims[0]))
+    several = len(model.inputs) > 1 or bool(port.dims and is_fixed(port.dims[0]))
     if several and not hint:
         hint = f"; give {layouts.accepted(port, model, count)}"
     elif not isinstance(array, UnequalArrays) and (

@@ -15,6 +15,10 @@ from onnx_oamip.graph.runtime import Session
 
 ALONE = "the model refuses several samples in one run, so they run one at a time"
 MIXED = "several samples in one run change each other's outputs, so they run one at a time"
+UNCOUNTED = (
+    "no output grows with the samples of a run, so they run one at a time; if {} counts no samples, give whole feeds, "
+    "with one more axis in front"
+)
 ELSEWHERE = "output '{}' counts samples on axis {}, so they run one at a time"
 TOLERANCE = 0.1
 """Relative error of a sample's outputs in a batch, above which the samples are mixed; quantisation makes less."""
@@ -24,8 +28,9 @@ def tried(session: Session, samples: Samples, size: int) -> Samples:
     """Run the model on the first samples, and on the largest one where their shapes are unequal.
 
     A model may take any batch by its inputs and still not treat samples alike: it refuses more than one if a Reshape
-    has the batch of 1 of its export, mixes them if that Reshape takes the rest as another axis, or counts them on
-    another axis of an output. It then runs on one sample at a time.
+    has the batch of 1 of its export, mixes them if that Reshape takes the rest as another axis or if the axis of the
+    samples is none of the batch, or counts them on another axis of an output or on none. It then runs on one sample at
+    a time.
 
     Args:
         session: The model.
@@ -51,10 +56,23 @@ def tried(session: Session, samples: Samples, size: int) -> Samples:
         _run_one(session, samples, samples.largest())
     if len(index) == 1 or samples.fixed_batch:
         return samples
-    note = _mixes(together, _run_one(session, samples, int(index[0])), session.outputs, len(index))
-    if note:
-        return _alone(samples, note)
+    # The last sample as well: one that depends on those in front of it, as a step of a sequence does, shows there.
+    alone = [_run_one(session, samples, int(index[place])) for place in (0, -1)]
+    if all(batch.shape == one.shape for batch, one in zip(together, alone[0], strict=True)):
+        return _alone(samples, UNCOUNTED.format(_batch_of(samples)))
+    for place, outputs in zip((0, -1), alone, strict=True):
+        note = _mixes(together, outputs, session.outputs, len(index), place)
+        if note:
+            return _alone(samples, note)
     return samples
+
+
+def _batch_of(samples: Samples) -> str:
+    """The axis of the first input that counts samples, for a note."""
+    name, axis = next(
+        (n, layout.axis) for n, layout in samples.layouts.items() if layout.kind == "batch"
+    )
+    return f"axis {axis} of '{name}'"
 
 
 def _run_one(session: Session, samples: Samples, place: int) -> list[Array]:
@@ -91,14 +109,15 @@ def _mixes(
     single: Sequence[Array],
     names: Sequence[str],
     count: int,
+    place: int,
 ) -> str:
-    """The reason why several samples are not like single ones; empty if they are, or if shapes do not show it."""
+    """The reason why several samples are not like the one at a place; empty if they are, or if nothing shows it."""
     for batch, one, name in zip(together, single, names, strict=True):
         axis = _batch_axis(batch.shape, one.shape, count)
         if axis is None or not np.issubdtype(one.dtype, np.floating):
             continue
-        first = np.take(batch, np.arange(one.shape[axis]), axis=axis)
-        error = np.linalg.norm((first - one).astype(np.float64))
+        rows = np.arange(one.shape[axis]) + place * one.shape[axis]
+        error = np.linalg.norm((np.take(batch, rows, axis=axis) - one).astype(np.float64))
         if error > TOLERANCE * np.linalg.norm(one.astype(np.float64)):
             return MIXED
         if axis:

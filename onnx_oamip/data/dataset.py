@@ -400,13 +400,16 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
         array_checks.check_type(array, port, scaled=scaling is not None, where=where)
         if scaling is not None:
             scales[port.name] = scaling
-    found, count = array_checks.find_layouts(inputs, model, where)
+    # An input may be called "labels"; then its array is data.
+    is_labelled = LABELS in given and LABELS not in inputs
+    labelled = array_checks.length(given[LABELS]) if is_labelled else None
+    found, count = array_checks.find_layouts(inputs, model, where, labelled)
+    doubt = layouts.doubt(inputs, found, model) if count != labelled else ""
     arrays = {name: layouts.arranged(array, found[name]) for name, array in inputs.items()}
     for port in model.inputs:
         array_checks.check_finite(arrays[port.name], port, where)
     labels = None
-    # An input may be called "labels"; then its array is data.
-    if LABELS in given and LABELS not in arrays:
+    if is_labelled:
         labels = array_checks.check_labels(given[LABELS], count, where)
     groups = None
     if GROUPS in given and GROUPS not in arrays:
@@ -421,7 +424,7 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
         fixed_batch=None,
         source=where,
         reading=loaded.reading,
-        notes=loaded.notes,
+        notes=(*loaded.notes, doubt) if doubt else loaded.notes,
         groups=groups,
     )
     if samples.whole:
@@ -451,7 +454,7 @@ def at_data(model: Model, samples: Samples) -> Model:
     sizes = samples.bindings(model)
     if samples.unequal:
         kept = {name: model.bindings[name] for name in sizes if name not in model.assumed}
-        return rebind(model, {**sizes, **kept})
+        return _at_sizes(model, {**sizes, **kept}, samples)
     leading = {symbol(port, 0) for port in model.inputs if port.dims}
     for name, size in sizes.items():
         stated = model.bindings[name]
@@ -460,7 +463,20 @@ def at_data(model: Model, samples: Samples) -> Model:
                 f"`shape` states the length {stated} for '{name}', but {samples.source} has {size}; leave it out, or "
                 "give samples of that length."
             )
-    return rebind(model, sizes)
+    return _at_sizes(model, sizes, samples)
+
+
+def _at_sizes(model: Model, sizes: Mapping[str, int], samples: Samples) -> Model:
+    """The model at the sizes of its smallest feed, with the number of samples in it."""
+    bound = rebind(model, sizes)
+    batch = 1
+    if not samples.whole:
+        batched = (
+            (n, layout.axis) for n, layout in samples.layouts.items() if layout.kind == "batch"
+        )
+        lengths = (bound.shapes[name][axis] for name, axis in batched if axis is not None)
+        batch = next(lengths, 1)
+    return replace(bound, batch=batch)
 
 
 def _rebatched(arrays: Mapping[str, Stored], model: Model) -> Mapping[str, Stored]:

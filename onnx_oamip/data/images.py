@@ -28,10 +28,10 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
 from onnx_oamip.data.folders import is_visible, visible_files
-from onnx_oamip.data.layouts import fixed
 from onnx_oamip.data.loaded import Format, Loaded
 from onnx_oamip.data.out_of_core import Spool, Values
 from onnx_oamip.data.unequal import Stored
+from onnx_oamip.graph.batch_symbols import is_fixed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -526,7 +526,7 @@ def image_input(port: Port, reading: Reading, where: str) -> ImageInput:
         height = dims[1]
         width = dims[2]
     if channels not in MODES:
-        count = channels if fixed(channels) else "an open number of"
+        count = channels if is_fixed(channels) else "an open number of"
         raise DataError(
             f"{where} holds images, but the model's input '{port.name}' is {expected} and read as {layout} has "
             f"{count} channels; images have 1, 3 or 4: set `image_layout`, or give an .npz."

@@ -17,6 +17,8 @@ import numpy as np
 
 from onnx_oamip.core.records import Array, Model, Port
 from onnx_oamip.data.unequal import Stored, UnequalArrays
+from onnx_oamip.graph import batch_symbols
+from onnx_oamip.graph.batch_symbols import is_fixed
 
 Dims = tuple[int | str | None, ...]
 
@@ -42,18 +44,6 @@ class Candidate(NamedTuple):
     samples: int | None
 
 
-def fixed(dim: int | str | None) -> bool:
-    """Test a dimension of an input.
-
-    Args:
-        dim: Number, symbol or None.
-
-    Returns:
-        True if the length is fixed.
-    """
-    return isinstance(dim, int) and dim > 0
-
-
 def fits(shape: Sequence[int], dims: Dims) -> bool:
     """Compare a shape with the dimensions of an input.
 
@@ -66,7 +56,9 @@ def fits(shape: Sequence[int], dims: Dims) -> bool:
     """
     if len(shape) != len(dims):
         return False
-    return all(not fixed(want) or length == want for length, want in zip(shape, dims, strict=True))
+    return all(
+        not is_fixed(want) or length == want for length, want in zip(shape, dims, strict=True)
+    )
 
 
 def batch_axes(port: Port, model: Model) -> tuple[int, ...]:
@@ -77,36 +69,9 @@ def batch_axes(port: Port, model: Model) -> tuple[int, ...]:
         model: The model.
 
     Returns:
-        Axes, the likeliest first: that of the symbol which all inputs share; otherwise axis 0 if its length is free or
-        1, an axis with the symbol that leads another input, or an axis of free length or length 1.
+        Axes, the likeliest first.
     """
-    dims = port.dims
-    if not dims:
-        return ()
-    shared = _shared_symbol(model)
-    if shared in dims:
-        return (dims.index(shared),)
-    others = [p.dims[0] for p in model.inputs if p is not port and p.dims]
-    if not fixed(dims[0]):
-        return (0,)
-    named = [k for k, dim in enumerate(dims) if isinstance(dim, str) and dim in others]
-    if named:
-        return tuple(named)
-    is_batch = dims[0] == 1 or port is model.inputs[0] or all(dims[0] == dim for dim in others)
-    axes = [0] if is_batch else []
-    axes += [k for k in range(1, len(dims)) if not fixed(dims[k])]
-    if not is_batch:
-        axes += [k for k in range(1, len(dims)) if dims[k] == 1]
-    return tuple(axes)
-
-
-def _shared_symbol(model: Model) -> str | None:
-    """The first symbol that all inputs with symbols have, as the batch of a sequence and of a recurrent state."""
-    symbols = [[dim for dim in port.dims if isinstance(dim, str)] for port in model.inputs]
-    symbols = [names for names in symbols if names]
-    if len(symbols) < 2:
-        return None
-    return next((name for name in symbols[0] if all(name in names for names in symbols)), None)
+    return batch_symbols.batch_axes(port, model.inputs, model.outputs)
 
 
 def batch_axis(port: Port, model: Model) -> int | None:
@@ -132,7 +97,7 @@ def is_batched_freely(port: Port, model: Model) -> bool:
     Returns:
         True if it is.
     """
-    return batch_axis(port, model) == 0 and not fixed(port.dims[0])
+    return batch_axis(port, model) == 0 and not is_fixed(port.dims[0])
 
 
 def candidates(array: Stored, port: Port, model: Model) -> Iterator[Candidate]:
@@ -160,9 +125,9 @@ def candidates(array: Stored, port: Port, model: Model) -> Iterator[Candidate]:
         if fits(shape[1:], without(dims, axis)):
             yield Candidate(Layout("batch", axis), shape[0])
     for axis in axes:
-        if axis and not fixed(dims[axis]) and fits(shape, dims):
+        if axis and not is_fixed(dims[axis]) and fits(shape, dims):
             yield Candidate(Layout("batch", axis, moved=True), shape[axis])
-    if (not dims or fixed(dims[0])) and fits(shape, dims):
+    if (not dims or is_fixed(dims[0])) and fits(shape, dims):
         yield from _shared(shape, dims, axes, model)
 
 
@@ -175,10 +140,12 @@ def _shared(
     """Layout of an input with the same value in all feeds: with a batch axis of length 1, or without a batch axis."""
     single = next((axis for axis in axes if shape[axis] == 1), None)
     if single is not None:
-        grows = not fixed(dims[single])
+        grows = not is_fixed(dims[single])
         yield Candidate(Layout("shared", single if grows else None), None)
         return
-    leading = {port.dims[0] for port in model.inputs if port.dims} | {_shared_symbol(model)}
+    leading = {port.dims[0] for port in model.inputs if port.dims} | {
+        batch_symbols.batch_symbol(model.inputs, model.outputs)
+    }
     if all(isinstance(dims[axis], str) and dims[axis] not in leading for axis in axes):
         # Axes of other lengths, such as the edges of a graph.
         yield Candidate(Layout("shared", None), None)
@@ -211,12 +178,15 @@ def without(dims: Dims, axis: int) -> Dims:
     return (*dims[:axis], *dims[axis + 1 :])
 
 
-def find(arrays: Mapping[str, Stored], model: Model) -> tuple[dict[str, Layout], int] | None:
+def find(
+    arrays: Mapping[str, Stored], model: Model, labelled: int | None = None
+) -> tuple[dict[str, Layout], int] | None:
     """Find the layout of every array.
 
     Args:
         arrays: Arrays by input.
         model: The model.
+        labelled: Number of labels, which decides where shapes leave a choice; None without labels.
 
     Returns:
         Layouts by input and the number of samples; None if no number of samples fits all arrays.
@@ -224,6 +194,8 @@ def find(arrays: Mapping[str, Stored], model: Model) -> tuple[dict[str, Layout],
     possible = {p.name: list(candidates(arrays[p.name], p, model)) for p in model.inputs}
     counts = [c.samples for found in possible.values() for c in found[:1]]
     counts += [c.samples for found in possible.values() for c in found]
+    if labelled in counts:
+        counts.insert(0, labelled)
     for count in dict.fromkeys(count for count in counts if count is not None):
         chosen = {
             name: next((c.layout for c in found if c.samples in (count, None)), None)
@@ -237,6 +209,37 @@ def find(arrays: Mapping[str, Stored], model: Model) -> tuple[dict[str, Layout],
     ):
         return {name: found[0].layout for name, found in possible.items()}, 1
     return None
+
+
+def doubt(arrays: Mapping[str, Stored], layouts: Mapping[str, Layout], model: Model) -> str:
+    """State that samples may stand on another axis of an array than the one that was taken.
+
+    Args:
+        arrays: Arrays by input, as they were given.
+        layouts: Their layouts.
+        model: The model.
+
+    Returns:
+        A note where an array also fits with more samples on its batch axis; else empty.
+    """
+    for port in model.inputs:
+        layout, array = layouts[port.name], arrays[port.name]
+        if (
+            isinstance(array, UnequalArrays)
+            or layout.kind != "batch"
+            or layout.moved
+            or not layout.axis
+        ):
+            continue
+        moved = Layout("batch", layout.axis, moved=True)
+        others = [c.samples for c in candidates(array, port, model) if c.layout == moved]
+        taken = array.shape[0]
+        if others and others[0] is not None and others[0] > taken:
+            return (
+                f"'{port.name}' {array.shape} is taken for {taken} samples along axis 0; if it holds {others[0]} along "
+                f"axis {layout.axis}, move that axis to the front"
+            )
+    return ""
 
 
 def _batches_agree(layouts: Mapping[str, Layout], model: Model) -> bool:
@@ -347,7 +350,7 @@ def accepted(port: Port, model: Model, count: int) -> str:
     for axis in batch_axes(port, model)[:1]:
         words.append(f"{_shape(count, without(port.dims, axis))} with samples along axis 0")
     words.append(f"{_shape(count, port.dims)} with one whole feed per index")
-    if not port.dims or fixed(port.dims[0]):
+    if not port.dims or is_fixed(port.dims[0]):
         words.append(f"{_shape(None, port.dims)} for all samples")
     if len(words) > 1:
         return ", ".join(words[:-1]) + f" or {words[-1]}"

@@ -41,6 +41,7 @@ from onnx_oamip.core.records import (
     Port,
 )
 from onnx_oamip.graph import (
+    batch_symbols,
     computed_constants,
     conformance,
     default_inputs,
@@ -185,6 +186,7 @@ def from_proto(
     path: str = "",
     sha256: str = "",
     size: int | None = None,
+    batch: int | None = None,
 ) -> Model:
     """Builds a Model from a normalised graph.
 
@@ -194,6 +196,7 @@ def from_proto(
         path: File that the model comes from.
         sha256: Digest of that file.
         size: Bytes of that file. Default: the size of ``proto``.
+        batch: Samples in one batch. Default: the length of the likeliest batch axis of the first input.
 
     Returns:
         The model, with inferred shapes.
@@ -204,6 +207,7 @@ def from_proto(
     graph = proto.graph
     initialisers = {t.name for t in graph.initializer}
     inputs = tuple(port_of(v) for v in graph.input if v.name not in initialisers)
+    outputs = output_ports(graph)
     bound = bind(inputs, bindings or {})
     versions = {o.domain: o.version for o in proto.opset_import}
     nodes = tuple(_node(n, versions) for n in graph.node)
@@ -229,9 +233,9 @@ def from_proto(
         shapes=shapes,
         dtypes=dtypes,
         inputs=inputs,
-        outputs=output_ports(graph),
+        outputs=outputs,
         bindings=bound,
-        batch=_batch(inputs, shapes),
+        batch=_batch(inputs, outputs, shapes) if batch is None else batch,
         path=path,
         sha256=sha256,
         file_bytes=external_data.size(proto) if size is None else size,
@@ -239,13 +243,16 @@ def from_proto(
     )
 
 
-def _batch(inputs: Sequence[Port], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Leading dimension of the first input; 1 if it has no batch dimension."""
+def _batch(
+    inputs: Sequence[Port], outputs: Sequence[Port], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """Length of the likeliest batch axis of the first input; 1 if it has none."""
     if not inputs:
         return 1
     shape = shapes.get(inputs[0].name, ())
-    if len(shape) > 1 and shape[0] > 0:
-        return shape[0]
+    axes = batch_symbols.batch_axes(inputs[0], inputs, outputs)
+    if len(shape) > 1 and axes and shape[axes[0]] > 0:
+        return shape[axes[0]]
     return 1
 
 
@@ -260,7 +267,12 @@ def remade(model: Model, proto: ModelProto) -> Model:
         The model, with the notes and the branches left out of the other one.
     """
     made = from_proto(
-        proto, model.bindings, path=model.path, sha256=model.sha256, size=model.file_bytes
+        proto,
+        model.bindings,
+        path=model.path,
+        sha256=model.sha256,
+        size=model.file_bytes,
+        batch=model.batch,
     )
     return replace(
         made,

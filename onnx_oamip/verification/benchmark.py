@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from onnx_oamip.core.errors import DataError, ModelError
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Array, Model
-from onnx_oamip.data import dataset
+from onnx_oamip.data import dataset, layouts
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph import op_libraries
@@ -135,7 +135,10 @@ def _feeds(
     """Feeds of ``batch`` samples, and the number that each one has. Raises DataError if the two differ."""
     where = model.path
     if samples is None:
-        free = {symbol(p, 0) for p in model.inputs if len(p.dims) > 1}
+        axes = (
+            (port, layouts.batch_axis(port, model)) for port in model.inputs if len(port.dims) > 1
+        )
+        free = {symbol(port, axis) for port, axis in axes if axis is not None}
         bound = {name: batch for name in free if name is not None and batch is not None}
         samples = dataset.placeholder(models.rebind(model, bound), seed, latency.FEEDS)
     elif samples.fixed_batch is None:

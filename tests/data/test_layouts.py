@@ -12,10 +12,12 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip.core.errors import DataError, ModelError
-from onnx_oamip.core.records import Model
+from onnx_oamip.core.records import Model, Port
 from onnx_oamip.data import batching, dataset, out_of_core
 from onnx_oamip.data.dataset import EVALUATION, Samples
 from onnx_oamip.data.unequal import UnequalArrays
+from onnx_oamip.graph import batch_symbols, cost
+from onnx_oamip.graph.loading import remade
 from onnx_oamip.graph.runtime import Session
 
 RNG = np.random.default_rng(0)
@@ -229,6 +231,72 @@ def test_batch_is_the_symbol_that_all_inputs_share(place: Path, natural: bool) -
     np.testing.assert_array_equal(feed["h"], h[[4, 2]].transpose(1, 0, 2))
 
 
+TIME_MAJOR = """(float[{dims}] x) => (float[{result}] y) <float[6,5] w, int64[1] i = {{0}}> {{
+    m = ReduceMean<axes = [0], keepdims = 0>(x)
+    y = MatMul(m, w)
+}}"""
+
+
+@pytest.mark.parametrize("steps", ["T", "9"])
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_batch_behind_another_axis_is_shown_by_the_outputs(
+    place: Path, steps: str, is_moved: bool
+) -> None:
+    """The axis of the steps is in no output. Labels decide where both axes fit."""
+    model = load(build(TIME_MAJOR.format(dims=f"{steps}, N, 6", result="N, 5")), place)
+    values = RNG.normal(size=(30, 9, 6)).astype(np.float32)
+    given = np.moveaxis(values, 0, 1) if is_moved else values
+    samples = _load({"x": given, "labels": np.zeros(30, np.int64)}, model)
+    assert samples.count == 30
+    assert samples.fixed_batch is None
+    assert not samples.notes
+    assert np.array_equal(samples.feed(np.arange(3, 7))["x"], np.moveaxis(values[3:7], 0, 1))
+
+
+def test_layout_that_may_be_another_is_noted(place: Path) -> None:
+    """Without labels, nothing but the greater number speaks for the axis of the batch."""
+    model = load(build(TIME_MAJOR.format(dims="T, N, 6", result="N, 5")), place)
+    values = RNG.normal(size=(9, 30, 6)).astype(np.float32)
+    (note,) = _load({"x": values}, model).notes
+    assert "(9, 30, 6) is taken for 9 samples along axis 0; if it holds 30 along axis 1" in note
+    assert not _load({"x": np.moveaxis(values, 1, 0)}, model).notes
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "symbol"),
+    [
+        (["T, N, 6"], ["N, 5"], "N"),
+        (["T, N, 6"], ["N, 5", "2, N, 7"], "N"),
+        (["7, N, 6"], ["N, 5"], "N"),
+        (["seq, batch, 6"], ["seq, batch, 5"], "batch"),
+        (["S, N, 6", "N, S"], ["N, 5"], "N"),
+        (["N, S", "N, S"], ["N, S, 5"], "N"),
+        (["N, T, 6"], ["T, N, 5"], None),
+        (["N, 3, H, W"], ["N, 5"], None),
+        (["3, H, W"], ["H, W"], None),
+        (["H, W, 3"], ["5"], None),
+        (["N, L"], ["L"], None),
+        (["1, L"], ["L"], None),
+        (["4, T, 6"], ["4, T, 5"], None),
+        (["T, 40"], ["T, 5"], None),
+    ],
+)
+def test_symbol_of_the_batch(inputs: list[str], outputs: list[str], symbol: str | None) -> None:
+    """None where axis 0 of every input is taken as usual."""
+    given, answers = (
+        tuple(
+            Port(
+                f"p{i}",
+                np.dtype(np.float32),
+                tuple(int(d) if d.isdigit() else d for d in dims.split(", ")),
+            )
+            for i, dims in enumerate(side)
+        )
+        for side in (inputs, outputs)
+    )
+    assert batch_symbols.batch_symbol(given, answers) == symbol
+
+
 def test_refused_state_names_the_layouts_that_work(recurrent: Model) -> None:
     x = np.zeros((6, 5), np.float32)
     _refused(
@@ -324,13 +392,23 @@ def test_largest_of_unequal_samples_is_tried_first(place: Path) -> None:
             "t = Transpose<perm = [2, 0, 1]>(x) y = MatMul(t, w)",
             batching.ELSEWHERE.format("y", 1),
         ),
+        # As a step of a sequence depends on those in front of it: the first sample is right.
+        (
+            "c = CumSum(x, z) t = Transpose<perm = [0, 2, 1]>(c) y = MatMul(t, w)",
+            batching.MIXED,
+        ),
+        (
+            "m = ReduceMean<axes = [0]>(x) t = Transpose<perm = [0, 2, 1]>(m) y = MatMul(t, w)",
+            batching.UNCOUNTED.format("axis 0 of 'x'"),
+        ),
         ("t = Transpose<perm = [0, 2, 1]>(x) y = MatMul(t, w)", None),
     ],
 )
 def test_samples_that_a_batch_changes_run_alone(place: Path, body: str, note: str | None) -> None:
     model = load(
         build(
-            f"(float[N,4,6] x) => (float[A,B,3] y) <int64[3] s = {{1, 4, -1}}, float[4,3] w> {{ {body} }}"
+            "(float[N,4,6] x) => (float[A,B,3] y) <int64[3] s = {1, 4, -1}, int64[1] z = {0}, float[4,3] w> "
+            f"{{ {body} }}"
         ),
         place,
     )
@@ -405,6 +483,32 @@ def test_texts_are_fed_as_str(place: Path) -> None:
     outputs = Session(model.proto, "cpu").run(samples.feed(np.arange(3)))
     assert outputs[0].shape == (3, 2, 4)
     _refused({"words": np.zeros((3, 2), np.float32)}, model, "'words' is float32", "text [N, 2]")
+
+
+@pytest.mark.parametrize(
+    ("dims", "result", "shape", "batch"),
+    [
+        ("N, T, 6", "N, T, 5", (20, 7, 6), 1),
+        ("T, N, 6", "T, N, 5", (20, 7, 1, 6), 1),
+        ("T, batch, 6", "T, batch, 5", (20, 7, 6), 1),
+        ("T, 6", "T, 5", (20, 7, 6), 1),
+        ("4, T, 6", "4, T, 5", (20, 7, 6), 4),
+        ("4, T, 6", "4, T, 5", (20, 4, 7, 6), 1),
+    ],
+)
+def test_costs_are_those_of_a_sample(
+    place: Path, dims: str, result: str, shape: tuple[int, ...], batch: int
+) -> None:
+    """Whatever the leading axis of the input counts; a whole feed is one sample."""
+    text = f"(float[{dims}] x) => (float[{result}] y) <float[6,5] w> {{ y = MatMul(x, w) }}"
+    model = load(build(text), place)
+    samples = _load({"x": np.zeros(shape, np.float32)}, model)
+    at_data = dataset.at_data(model, samples)
+    assert at_data.batch == batch
+    rows = int(np.prod(samples.feed(np.arange(batch))["x"].shape[:-1]))
+    assert cost.count(at_data).macs == 30 * rows // batch
+    again = remade(at_data, at_data.proto)
+    assert cost.count(again).macs == cost.count(at_data).macs
 
 
 @pytest.mark.parametrize("batched", [True, False])
