@@ -4,10 +4,10 @@ A cost is a sum of products of axis lengths, and a length is linear in the width
 no cut model. A factor may be the sum of several lengths (a recurrent node reads its input and its own output at every
 step).
 
-MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else, those
-of branches and loop bodies counted as if each ran once, but not those of a branch that no calibration sample runs;
-params are the elements of weights, of floating type or stored as codes of few bits (:func:`parameters`); bytes is the
-size of the file with its external data.
+MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else. The
+body of a loop counts as often as it runs (:func:`body_runs`), and every branch as if it were taken, but for those that
+no calibration sample runs; params are the elements of weights, of floating type or stored as codes of few bits
+(:func:`parameters`); bytes is the size of the file with its external data.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from onnx_oamip.core.records import (
     Model,
     Node,
     Uncounted,
+    within,
 )
 from onnx_oamip.graph.external_data import size
 from onnx_oamip.graph.ops import Total, Trait, kinds, lookup, rule_errors
@@ -267,6 +268,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     macs = []
     names = []
     inputs = []
+    runs = body_runs(model)
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.cost is None or _lacks_shapes(node, model):
@@ -304,7 +306,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     return Ledger(
         fixed=fixed,
         per_unit=per_unit,
-        macs=_products(macs, np.ones(len(macs), np.int64)),
+        macs=_products(macs, np.asarray([runs[name] for name in names], np.int64)),
         params=_products(params, np.asarray(list(counted.values()), np.int64)),
         bytes=_products(
             [*constants.values(), *positions],
@@ -394,7 +396,7 @@ def uncounted(model: Model) -> tuple[Uncounted, ...]:
     found: dict[tuple[str, str], list[str]] = {}
     for node in model.every:
         does_not_run = node.name in model.idle or _computes_constant(node, model)
-        reason = "" if does_not_run else _why_uncounted(node, model)
+        reason = "" if does_not_run else _why_uncounted(node, model) or _why_once(node, model)
         if reason:
             if node.domain:
                 operator = f"{node.domain}::{node.op}"
@@ -436,6 +438,50 @@ def _why_uncounted(node: Node, model: Model) -> str:
     if multiplies or reads_weight:
         return "the operator is not known"
     return ""
+
+
+def _why_once(node: Node, model: Model) -> str:
+    """Reason why the body of a loop is counted once; empty if its runs are known, or if it has nothing to count."""
+    spec = lookup(node.domain, node.op, node.version)
+    if spec is None or spec.runs is None or _runs(node, model) is not None:
+        return ""
+    inner = (part for body in node.bodies.values() for part in within(body.nodes))
+    specs = (lookup(part.domain, part.op, part.version) for part in inner)
+    if any(found is not None and found.cost is not None for found in specs):
+        return "its body is counted once, as only a run shows how often it runs"
+    return ""
+
+
+def body_runs(model: Model) -> dict[str, int]:
+    """Count how often the nodes in bodies run for one feed.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Runs by the name of every node: the trip count of a Loop that is a constant (a condition may end it before), the
+        length of the sequences of a Scan, and 1 for branches and for loops of which only a run shows it.
+    """
+    found: dict[str, int] = {}
+
+    def count(nodes: Iterable[Node], times: int) -> None:
+        for node in nodes:
+            found[node.name] = times
+            runs = _runs(node, model)
+            for body in node.bodies.values():
+                count(body.nodes, times if runs is None else times * runs)
+
+    count(model.nodes, 1)
+    return found
+
+
+def _runs(node: Node, model: Model) -> int | None:
+    """Runs of the body of a loop in one run of its node; None where only the run shows it, and for other nodes."""
+    spec = lookup(node.domain, node.op, node.version)
+    if spec is None or spec.runs is None:
+        return None
+    with rule_errors(node):
+        return spec.runs(node, model.shapes, model.constants)
 
 
 def uncounted_note(model: Model) -> str:

@@ -56,6 +56,49 @@ def _same(proto: ModelProto, model: Model, tolerance: float = 1e-6) -> None:
         )
 
 
+SCAN = """(float[N,6] x, float[7,N,5] steps) => (float[N,4] y)
+<float[6,12] w0, float[5,12] v, float[12,12] w1, float[12,4] w3> {
+    h = MatMul(x, w0)
+    last, all = Scan(h, steps) <
+        num_scan_inputs = 1, body = step (float[N,12] s, float[N,5] u) => (float[N,12] t, float[N,12] o) {
+            a = MatMul(u, v)  p = MatMul(s, w1)  b = Add(a, p)  t = Tanh(b)  o = Identity(t)
+        }
+    >
+    y = MatMul(last, w3)
+}"""
+OUTSIDE = 6 * 12 + 12 * 4
+"""MACs of the loops' networks in front of and behind the loop."""
+
+
+@pytest.mark.parametrize(
+    ("text", "macs"),
+    [
+        (LOOP, OUTSIDE + 3 * 2 * 12 * 20),
+        (LOOP.replace("{3}", "{0}"), OUTSIDE),
+        (SCAN, OUTSIDE + 7 * (5 * 12 + 12 * 12)),
+    ],
+)
+def test_body_counts_as_often_as_it_runs(text: str, macs: int, tmp_path: Path) -> None:
+    model = load(build(text), tmp_path)
+    assert cost.count(model).macs == macs
+    assert not cost.uncounted(model)
+
+
+@pytest.mark.parametrize("count", ["int64 count", f"int64 count = {{{2**63 - 1}}}"])
+def test_body_of_unknown_runs_counts_once_and_is_named(count: str, tmp_path: Path) -> None:
+    """Only a run shows it where the count is an input, or the largest integer because a condition ends the loop."""
+    text = LOOP.replace("int64 count = {3}", count)
+    if "=" not in count:
+        text = LOOP.replace(", int64 count = {3}", "").replace(
+            "float[N,6] x", "float[N,6] x, int64 count"
+        )
+    model = load(build(text), tmp_path)
+    assert cost.count(model).macs == OUTSIDE + 2 * 12 * 20
+    (loop,) = cost.uncounted(model)
+    assert loop.operator == "Loop"
+    assert "counted once" in cost.uncounted_note(model)
+
+
 def _inwards(proto: ModelProto, as_nodes: bool = False) -> ModelProto:
     """Constants that only one body reads as that body's own, as exporters write them."""
     result = ModelProto.FromString(proto.SerializeToString())

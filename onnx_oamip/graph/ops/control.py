@@ -7,15 +7,17 @@ value, the body's input, the body's output and the final value agree on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from onnx_oamip.core.printable import shortened
-from onnx_oamip.core.records import Node
+from onnx_oamip.core.records import Array, Node
 from onnx_oamip.graph.ops.handles import LabelAxis, Labels
-from onnx_oamip.graph.ops.spec import ChannelRule, Flow, OpSpec, Trait
+from onnx_oamip.graph.ops.spec import ChannelRule, Flow, OpSpec, Shapes, Trait
 
+NO_COUNT = 1 << 31
+"""Trip count from which a Loop has none: exporters write the largest integer where a condition ends it."""
 BRANCHES = ("then_branch", "else_branch")
 """Bodies of an If, in the order in which joins name their outputs."""
 
@@ -51,6 +53,21 @@ def _loop(node: Node) -> Flow:
     )
     stacked = zip(body.outputs[1 + count :], node.outputs[count:], strict=False)
     return Flow(flow.joins, flow.enters, stacks=tuple((x, out, 0) for x, out in stacked if out))
+
+
+def _trip_count(node: Node, shapes: Shapes, constants: Mapping[str, Array]) -> int | None:
+    """Trip count of a Loop that is a constant; a condition may end it before."""
+    count = constants.get(node.inputs[0])
+    if count is None or count.size != 1 or int(count.reshape(-1)[0]) >= NO_COUNT:
+        return None
+    return int(count.reshape(-1)[0])
+
+
+def _steps(node: Node, shapes: Shapes, constants: Mapping[str, Array]) -> int | None:
+    """Length of the sequences of a Scan."""
+    sequence, _, axis = _scan(node).slices[0]
+    shape = shapes.get(sequence)
+    return None if shape is None else shape[axis]
 
 
 def _scan(node: Node) -> Flow:
@@ -200,6 +217,6 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, str]) -> list[LabelA
 
 SPECS = (
     OpSpec("If", _followed_bodies(_if), flow=_if, traits=Trait.BRANCHES),
-    OpSpec("Loop", _followed_bodies(_loop), flow=_loop),
-    OpSpec("Scan", _followed_bodies(_scan), since=9, flow=_scan),
+    OpSpec("Loop", _followed_bodies(_loop), flow=_loop, runs=_trip_count),
+    OpSpec("Scan", _followed_bodies(_scan), since=9, flow=_scan, runs=_steps),
 )

@@ -61,6 +61,8 @@ ZeroRule = Callable[[Node, Cuts], Mapping[int, Array]]
 """The values that stand for zero in inputs, by slot, broadcast to them.
 
 Where such an input is a constant, channels that it meets are masked in it: quantised arithmetic does not change."""
+RunsRule = Callable[[Node, Shapes, Mapping[str, Array]], int | None]
+"""Counts the runs of a body from the shapes and constants of the model."""
 EncodeRule = Callable[[Node, Terms], None]
 
 
@@ -195,6 +197,8 @@ class OpSpec:
     """For operators whose shapes ONNX's own inference does not know."""
     flow: Callable[[Node], Flow] | None = None
     """For nodes with bodies that are followed: the tensors that pass in and out."""
+    runs: RunsRule | None = None
+    """For loops: how often the body runs in one run of the node, None where only the run shows it."""
     codes: Codes | None = None
     """For operators on codes: which of their constants are parameters."""
     attributes: Mapping[str, int] = field(default_factory=dict)
