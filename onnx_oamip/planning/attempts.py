@@ -34,6 +34,13 @@ NEAR_LIMIT = 0.95
 """Share of a limit that a plan with the measured step of widths uses at least; below it the step gives way."""
 LOOKS = 2
 """Times that losses are measured again around a plan, with ``effort=high``."""
+MUCH = 0.5
+"""Summed loss of a plan, over that of the average answer, from which other allocations are carried out beside it.
+
+Losses of groups end at that of a lost output. Where a plan loses much, giving up an output looks cheap in their sum.
+"""
+OTHERS = ("global", "uniform")
+"""Those allocations."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,9 +140,47 @@ def draft(
         BudgetNotMet: No plan meets the limits.
     """
     first = _draft(ready, limit, extra)
+    if loses_much(ready, first.plan):
+        first = _or_other_allocation(ready, limit, first)
     if ready.settings.effort != "high" or ready.ladder is None:
         return first
     return _look_again(ready, limit, extra, first)
+
+
+def loses_much(ready: Prepared, chosen: Plan) -> bool:
+    """Check whether other allocations are carried out beside a plan of the budget program.
+
+    Args:
+        ready: Scores and losses.
+        chosen: The plan.
+
+    Returns:
+        True if the sum of its losses is large. Always false under limits that only the program observes, and where
+        branches are left out.
+    """
+    settings = ready.settings
+    only_program = settings.latency is not None or settings.max_loss is not None
+    if ready.ladder is None or ready.emptied or only_program or chosen.keep.all():
+        return False
+    return sum(lost or 0.0 for lost in losses(ready, chosen)) >= MUCH
+
+
+def _or_other_allocation(ready: Prepared, limit: allocation.Limits, first: Draft) -> Draft:
+    """The draft that loses least on samples that its refit did not use: of the program, or of another allocation."""
+    best = first
+    for name in OTHERS:
+        settings = ready.settings.model_copy(update={"allocate": name})
+        other = _draft(replace(ready, settings=settings, ladder=None), limit, ())
+        if other.loss < best.loss:
+            best = other
+    if best is first:
+        return first
+    # The program was solved all the same: its record, and files of its solution, belong to the run.
+    best = replace(best, plan=replace(best.plan, programs=first.plan.programs))
+    return best.noted(
+        f"widths are those of `allocate={best.plan.allocation}`: on calibration samples that no refit used the model "
+        f"loses {best.loss:.3g} in place of {first.loss:.3g} with the widths of the budget program"
+    )
 
 
 def _look_again(

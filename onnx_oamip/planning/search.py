@@ -19,7 +19,7 @@ from onnx_oamip.planning import (
     emptied_branches,
     latency_search,
 )
-from onnx_oamip.planning.attempts import Prepared, allocate, attempt
+from onnx_oamip.planning.attempts import Prepared, allocate, attempt, loses_much
 from onnx_oamip.planning.budget_program import LinearisedLimit
 from onnx_oamip.planning.critical_search import fewest_units
 from onnx_oamip.planning.drop_search import smallest
@@ -34,7 +34,8 @@ def plan(ready: Prepared) -> Plan:
         ready: Scores and losses.
 
     Returns:
-        The plan. A model is cut only for budgets that are measured on one (`size`, `max_drop`), and for critical units.
+        The plan. A model is cut only for budgets that are measured on one (`size`, `max_drop`), for critical units, and
+        where a plan loses so much that others are compared with it.
 
     Raises:
         BudgetNotMet: No plan meets the budget.
@@ -42,11 +43,13 @@ def plan(ready: Prepared) -> Plan:
     settings = ready.settings
     measured = settings.size is not None or settings.max_drop is not None
     critical = critical_units.is_asked_for(settings, ready.scores)
-    if measured or critical or settings.effort == "high" or ready.emptiable:
-        found = search(ready)
-        meets(ready.settings.budget, ready.before, found.after)
-        return found.plan
-    return allocate(ready, *_limits(ready))
+    if not (measured or critical or settings.effort == "high" or ready.emptiable):
+        chosen = allocate(ready, *_limits(ready))
+        if not loses_much(ready, chosen):
+            return chosen
+    found = search(ready)
+    meets(ready.settings.budget, ready.before, found.after)
+    return found.plan
 
 
 def meets(budget: Budget, before: Cost, after: Cost) -> None:

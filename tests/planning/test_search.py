@@ -638,6 +638,36 @@ def test_every_combination_of_choices_meets_the_budget(
     assert (found.pruned.raw is found.pruned.proto) == (method == "none")
 
 
+@pytest.mark.parametrize("least", ["mip", "global", "uniform"])
+def test_other_allocations_are_tried_where_a_plan_loses_much(
+    least: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that loses least is taken, by ``plan`` as by ``search``, within the budget and with a note."""
+    drafted: list[str] = []
+    made = execution.draft
+
+    def draft(ready: Context, chosen: Plan) -> Draft:
+        found = made(ready, chosen)
+        found.__dict__["loss"] = 0.1 if chosen.allocation == least else 0.2
+        drafted.append(chosen.allocation)
+        return found
+
+    monkeypatch.setattr(execution, "draft", draft)
+    ready = small(CNN, tmp_path, macs=0.5)
+    monkeypatch.setattr(attempts, "MUCH", np.inf)
+    assert search.search(ready).plan.allocation == "mip"
+    assert drafted == ["mip"]
+    monkeypatch.setattr(attempts, "MUCH", 0.0)
+    found = search.search(ready)
+    assert drafted[1:] == ["mip", "global", "uniform"]
+    assert found.plan.allocation == least
+    assert shares(ready, found)["macs"] <= 0.5
+    assert bool(found.plan.programs)
+    noted = [note for note in found.plan.notes if f"`allocate={least}`" in note]
+    assert len(noted) == (least != "mip")
+    assert np.array_equal(search.plan(ready).keep, found.plan.keep)
+
+
 def test_budget_of_one_keeps_all_units(tmp_path: Path) -> None:
     ready = small(CNN, tmp_path, macs=1.0)
     found = search.search(ready)
@@ -665,6 +695,13 @@ def test_drop_is_that_of_the_worst_term() -> None:
 # ----------------------------------------------------------------------------------------------- measures and choices
 
 
+@pytest.fixture
+def one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refits are those of one plan, however much it loses."""
+    monkeypatch.setattr(attempts, "MUCH", np.inf)
+
+
+@pytest.mark.usefixtures("one_plan")
 def test_refit_that_loses_more_than_none_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -703,6 +740,7 @@ def test_refit_that_loses_more_than_none_is_left_out(
     assert fitted.count + measured.count == ready.samples.count
 
 
+@pytest.mark.usefixtures("one_plan")
 @pytest.mark.parametrize("is_short", [True, False])
 def test_refit_that_is_kept_is_made_again_on_all_samples(
     is_short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
