@@ -349,7 +349,7 @@ class _Values(_Counter):
             return self.measure(
                 "error over variance", None, {"error_over_variance": None, "relative_error": None}
             )
-        divisors = self.moments.divisors(self.term.scale.variance)
+        divisors = self.moments.divisors(self.term.scale.variance, self.term.scale.unused)
         columns = error / np.maximum(self.moments.count, 1) / divisors
         place = int(columns.argmax())
         whole = float(columns.mean())

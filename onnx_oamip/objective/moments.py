@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,7 +85,7 @@ class Moments:
         self.mean = self.mean + gap * other.count / both
         self.count = self.count + other.count
 
-    def divisors(self, usual: Floats | None = None) -> Floats:
+    def divisors(self, usual: Floats | None = None, unused: Sequence[int] = ()) -> Floats:
         """Return the divisors of squared errors: the variance of each column.
 
         A constant column gets the mean variance of the others. If all columns are constant, they get ``usual``;
@@ -92,6 +93,7 @@ class Moments:
 
         Args:
             usual: Divisors (columns,) found on other samples, for columns that are all constant here.
+            unused: Columns that count as constant, see ``Scale.unused``.
 
         Returns:
             Positive divisors (columns,); the mean variance in all of them if there are more than ``COLUMNS`` similar
@@ -103,6 +105,7 @@ class Moments:
         live = (own > CONSTANT * squared_mean) & (
             (own > DEAD * own.max(initial=0.0)) | is_small_by_itself
         )
+        live[list(unused)] = False
         if not live.any():
             if own.size:
                 square = float((own + np.square(self.mean)).mean())

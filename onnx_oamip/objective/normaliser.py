@@ -3,7 +3,8 @@
 Each term is divided by its own spread, so that no output drowns another: a loss of 1 is that of a model which always
 gives the average answer.
 
-- ``values``: squared errors over the variance about the mean, column by column (``moments.Moments.divisors``).
+- ``values``: squared errors over the variance about the mean, column by column (``moments.Moments.divisors``). Columns
+  of an ambiguous term that look like scores of classes which never occur count as constant (``_unused_classes``).
 - ``classes``, ``binary``: mean KL divergence from the original's answers to their mean.
 - ``embedding``: 1 - cosine to the mean direction.
 
@@ -36,7 +37,7 @@ from onnx_oamip.objective.divergences import (
     padded_sum,
     weighted,
 )
-from onnx_oamip.objective.moments import Moments
+from onnx_oamip.objective.moments import Moments, variance_range
 
 MAX_SUMS = 1 << 24
 """Sums of probabilities by decision that are held at most, per term."""
@@ -44,6 +45,8 @@ MIN_SPREAD = 1e-3
 """Smallest spread of decisions, over the largest possible one."""
 SUM_TOLERANCE = 1e-3
 """Tolerance of a sum of probabilities around 1."""
+UNLIKE_SCORES = 30.0
+"""Standard deviation of a column over that of another one from which a raw output holds values, not scores."""
 
 
 class Normaliser:
@@ -139,8 +142,18 @@ class _Sums:
             return Scale("auto", self.direction.spread(), variance, -1, np.ones((1, 2)))
         for answers in self.answers:  # probabilities come first
             if answers.possible:
-                return answers.scale(variance)
+                return self._without_unused(answers.scale(variance), answers)
         return Scale("auto", 1.0, variance, -1, np.ones((1, 2)))
+
+    def _without_unused(self, scale: Scale, answers: _Answers) -> Scale:
+        """The scale where unused classes count as constant, if the other columns may be scores beside each other."""
+        if self.term.kind != "ambiguous" or self.moments is None or answers.sums is None:
+            return scale
+        unused = _unused_classes(self.moments, decided=answers.sums[0])
+        variance = self.moments.divisors(unused=unused)
+        if not unused or unlikeness(variance) >= UNLIKE_SCORES:
+            return scale
+        return replace(scale, variance=variance, unused=unused)
 
 
 class _Direction:
@@ -306,6 +319,39 @@ class _Binary(_Answers):
         kept = weighted(_log(mean)) + weighted(_log(1 - mean))
         spread = float(((balance * negentropy).sum(axis=1) / total[:, 0] - kept).mean())
         return Scale(self.form, max(spread, MIN_SPREAD * float(np.log(2))), variance, -1, balance)
+
+
+def unlikeness(variances: Floats) -> float:
+    """Compare the columns of a raw output.
+
+    Args:
+        variances: Their variances (columns,).
+
+    Returns:
+        The largest standard deviation over a small one (``moments.variance_range``).
+    """
+    low, high = variance_range(variances)
+    return float(np.sqrt(high / low))
+
+
+def _unused_classes(moments: Moments, decided: Floats) -> tuple[int, ...]:
+    """Columns that would be scores of classes which never occur, if the columns are scores.
+
+    They are never the highest, lie further below zero than the columns that are the highest spread, and hardly vary
+    beside these. A column of values in a smaller unit hardly varies either, but lies near zero in the larger unit.
+
+    Args:
+        moments: Moments of the columns.
+        decided: Positions at which each column is the highest (columns,).
+    """
+    occurs = decided > 0
+    if occurs.sum() < 2:
+        return ()  # nothing is decided by the columns
+    variance = moments.deviation / np.maximum(moments.count, 1)
+    spread = float(np.sqrt(variance[occurs].mean()))
+    is_low = moments.mean < -spread
+    is_steady = np.sqrt(variance) * UNLIKE_SCORES < spread
+    return tuple(np.flatnonzero(~occurs & is_low & is_steady).tolist())
 
 
 def cutoff(threshold: float | None, form: Form) -> float:

@@ -20,8 +20,7 @@ from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph.outputs import is_float, with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective.detection import detect
-from onnx_oamip.objective.moments import variance_range
-from onnx_oamip.objective.normaliser import Normaliser
+from onnx_oamip.objective.normaliser import UNLIKE_SCORES, Normaliser, unlikeness
 from onnx_oamip.objective.position_weights import has_rare_decisions, weights_of
 
 MAX_SAMPLES = 512
@@ -30,8 +29,6 @@ MIN_SAMPLES = 32
 """Samples that are taken however large the outputs are."""
 ENOUGH_RARE = 32.0
 """Samples with rare decisions from which on a random order spreads them well enough."""
-UNLIKE_SCORES = 30.0
-"""Standard deviation of a column over that of another one from which a raw output holds values, not scores."""
 MAX_NUMBERS = 1 << 27
 """Numbers of all outputs of all samples together, about: large maps need fewer samples."""
 
@@ -133,8 +130,7 @@ def _by_size(objective: Objective) -> Objective:
         if term.kind != "ambiguous" or term.scale is None:
             terms.append(term)
             continue
-        low, high = variance_range(term.scale.variance)
-        ratio = float(np.sqrt(high / low))
+        ratio = unlikeness(term.scale.variance)
         if ratio < UNLIKE_SCORES:
             terms.append(term)
             continue
@@ -221,7 +217,7 @@ def _spread(model: Model, objective: Objective, samples: Samples) -> Samples:
 
 
 def _pack(scales: tuple[Scale, ...]) -> dict[str, Array]:
-    about = [[s.form, s.spread, s.background] for s in scales]
+    about = [[s.form, s.spread, s.background, s.unused] for s in scales]
     held: dict[str, Array] = {"about": np.asarray(json.dumps(about), np.str_)}
     for i, s in enumerate(scales):
         held[f"variance{i}"], held[f"balance{i}"] = s.variance, s.balance
@@ -231,8 +227,15 @@ def _pack(scales: tuple[Scale, ...]) -> dict[str, Array]:
 def _unpack(held: Mapping[str, Array]) -> tuple[Scale, ...]:
     about = json.loads(str(held["about"]))
     return tuple(
-        Scale(form, float(spread), held[f"variance{i}"], int(background), held[f"balance{i}"])
-        for i, (form, spread, background) in enumerate(about)
+        Scale(
+            form,
+            float(spread),
+            held[f"variance{i}"],
+            int(background),
+            held[f"balance{i}"],
+            tuple(map(int, unused)),
+        )
+        for i, (form, spread, background, unused) in enumerate(about)
     )
 
 

@@ -16,6 +16,7 @@ from onnx_oamip.core.records import Model, Objective
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.objective import detect, preparation, scale, spread_rare
+from onnx_oamip.objective.measures import Measures
 from onnx_oamip.objective.moments import Moments
 from onnx_oamip.statistics import relevance
 from onnx_oamip.statistics.collector import parts
@@ -139,6 +140,54 @@ def test_columns_of_very_different_size_are_values(size: float, kind: str, tmp_p
     assert found.notes == (found.terms[0].assumption,)
     assert ("times that of another" in found.notes[0]) == (kind == "values")
     assert relevance.applies(found) == (kind == "values")
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "kind"),
+    [
+        pytest.param(-14.0, 1e-3, "ambiguous", id="scores of classes that never occur"),
+        pytest.param(-14.0, 0.05, "ambiguous", id="scores that vary a little"),
+        pytest.param(0.5, 0.01, "values", id="numbers of a smaller unit"),
+        pytest.param(14.0, 1e-3, "values", id="above the other columns"),
+    ],
+)
+def test_columns_of_unused_classes_are_not_compared(
+    mean: float, deviation: float, kind: str, tmp_path: Path
+) -> None:
+    """Three of eight columns hardly vary. If they are classes that never occur, they count as constant columns do."""
+    proto = build(
+        "(float[N,8] x) => (float[] y) <float[8,8] w, float[8] b> { z = MatMul(x, w) y = Add(z, b) }"
+    )
+    rng = np.random.default_rng(0)
+    weight = 2 * rng.standard_normal((8, 8))
+    weight[:, 5:] *= deviation / np.linalg.norm(weight[:, 5:], axis=0)
+    bias = np.where(np.arange(8) < 5, 0.0, mean)
+    for place, value in enumerate((weight, bias)):
+        name = proto.graph.initializer[place].name
+        proto.graph.initializer[place].CopyFrom(
+            numpy_helper.from_array(value.astype(np.float32), name)
+        )
+    model = load(proto, tmp_path)
+    x = rng.standard_normal((200, 8)).astype(np.float32)
+    samples = dataset.load({"x": x}, model)
+    assert samples is not None
+    store = open_store(str(tmp_path / "cache"))
+    for _ in range(2):  # the second time from the cache
+        found = scale(model, detect(model), samples, "cpu", store=store, identity={})
+        (term,) = found.terms
+        assert term.kind == kind
+        assert term.scale is not None
+        y = x.astype(np.float64) @ weight + bias
+        expected = y.var(axis=0)
+        if kind == "ambiguous":
+            expected[5:] = expected[:5].mean()
+        np.testing.assert_allclose(term.scale.variance, expected, rtol=1e-2)
+    measures = Measures(found)
+    measures.update(
+        [y], [y + 0.1]
+    )  # little beside the spread of five columns, much beside that of three
+    (result,) = measures.results()
+    assert (result.lost < 1) == (kind == "ambiguous")
 
 
 def test_small_column_beside_a_large_one_is_scaled_by_its_own_variance() -> None:

@@ -49,7 +49,9 @@ class Scale:
 
     ``spread``: loss of the average answer (classes, binary, embedding); ``variance`` (columns,): what squared errors
     are divided by (values); ``background``: the class of most of the original's decisions, -1 where none dominates;
-    ``balance`` (columns or 1, 2): weights of positions that the original decides negatively and positively.
+    ``balance`` (columns or 1, 2): weights of positions that the original decides negatively and positively;
+    ``unused``: columns of an ambiguous term that are nearly constant, as scores of classes that never occur are. They
+    count as constant where errors are divided by the variance.
     """
 
     form: Form
@@ -57,6 +59,7 @@ class Scale:
     variance: Floats
     background: int
     balance: Floats
+    unused: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
