@@ -270,14 +270,14 @@ def _type(model: Model, name: str) -> str:
 
 
 def _columns(tails: Tails, term: Term) -> int | None:
-    shape = tails.graph.shape(term.tensor)
-    if shape is None:
+    lengths = tails.graph.lengths(term.tensor)
+    if lengths is None:
         return None
-    if term.axis is None or term.axis >= len(shape):
+    if term.axis is None or term.axis >= len(lengths):
         return 1
     if term.part and term.part.axis == term.axis:
         return term.part.stop - term.part.start
-    return shape[term.axis]
+    return lengths[term.axis]
 
 
 def _positions(tails: Tails, term: Term) -> int | None:
@@ -411,24 +411,24 @@ def _bits(labels: Array) -> bool:
 
 def _one_class(tails: Tails, term: Term, labels: Array) -> bool:
     """Check for one label for every decision of a sample."""
-    shape = tails.graph.shape(term.tensor)
-    if shape is None or term.axis is None or term.part is not None:
+    lengths = tails.graph.lengths(term.tensor)
+    if lengths is None or term.axis is None or term.part is not None:
         return False
     if _is_over_samples(tails.graph, term):
         return False
-    return _per_sample(labels, tuple(n for axis, n in enumerate(shape) if axis != term.axis))
+    return _per_sample(labels, tuple(n for axis, n in enumerate(lengths) if axis != term.axis))
 
 
 def _one_number(tails: Tails, term: Term, labels: Array) -> bool:
     """Check for one label for every number of a sample."""
-    shape = tails.graph.shape(term.tensor)
-    return shape is not None and term.part is None and _per_sample(labels, shape)
+    lengths = tails.graph.lengths(term.tensor)
+    return lengths is not None and term.part is None and _per_sample(labels, lengths)
 
 
-def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
-    """Check that labels have this shape behind their samples; lengths of 1 do not count. Or one whole feed each."""
+def _per_sample(labels: Array, lengths: tuple[int | None, ...]) -> bool:
+    """Check that labels have these lengths behind their samples; those of 1 do not count. Or one whole feed each."""
     given = tuple(n for n in labels.shape[1:] if n != 1)
-    return given in (tuple(n for n in shape[1:] if n != 1), tuple(n for n in shape if n != 1))
+    return given in (tuple(n for n in lengths[1:] if n != 1), tuple(n for n in lengths if n != 1))
 
 
 # -------------------------------------------------------------------------------------------------------- assumptions
@@ -503,7 +503,8 @@ def _assumed_kind(
 ) -> Term:
     """Kind that is assumed for raw floats."""
     reason = _why_values(tails, term, decided, several_maps)
-    lengths = list(map(str, tails.graph.shape(term.tensor) or ("?", "?")))
+    known = tails.graph.lengths(term.tensor) or (None, None)
+    lengths = ["?" if length is None else str(length) for length in known]
     if tails.graph.counts_samples(term.tensor):
         lengths[0] = "N"
     shape = ", ".join(lengths)
@@ -534,7 +535,7 @@ def _why_values(
     columns = _columns(tails, term)
     rank = graph.rank(term.tensor)
     if rank is None or columns is None:
-        return "as its shape is not known"
+        return "as the number of its columns is not known"
     if columns < 2 or term.axis is None or _is_over_samples(graph, term):
         return "as it has one column"
     if decided:

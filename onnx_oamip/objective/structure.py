@@ -111,14 +111,27 @@ class Graph:
         Returns:
             Lengths of the axes for one feed, or None where they are unknown or depend on values.
         """
+        lengths = self.lengths(tensor)
+        if lengths is None:
+            return None
+        known = tuple(length for length in lengths if length is not None)
+        return known if len(known) == len(lengths) else None
+
+    def lengths(self, tensor: str) -> tuple[int | None, ...] | None:
+        """Return the lengths of the axes of a tensor, as inferred, or as declared for a graph output.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Lengths for one feed, None for an axis of unknown length; None where the rank is unknown.
+        """
         if tensor in self.model.shapes:
             return self.model.shapes[tensor]
-        declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
-        bound = [
-            self.model.bindings.get(d) if isinstance(d, str) else d for d in declared or (None,)
-        ]
-        known = tuple(d for d in bound if d is not None)
-        return known if len(known) == len(bound) else None
+        declared = self._declared(tensor)
+        if not declared:
+            return None
+        return tuple(self.model.bindings.get(d) if isinstance(d, str) else d for d in declared)
 
     def rank(self, tensor: str) -> int | None:
         """Return the number of axes of a tensor.
@@ -129,10 +142,8 @@ class Graph:
         Returns:
             The number, or None where it is neither inferred nor declared.
         """
-        shape = self.shape(tensor)
-        if shape is not None:
-            return len(shape)
-        return next((len(p.dims) for p in self.model.outputs if p.name == tensor and p.dims), None)
+        lengths = self.lengths(tensor)
+        return None if lengths is None else len(lengths)
 
     def floating(self, tensor: str) -> bool:
         """Check whether a tensor has a floating-point type.
@@ -330,12 +341,13 @@ class Graph:
             # Similarities of all pairs of two inputs have as many columns as one of these has samples.
             is_over_pairs = dims is not None and dims[found] in self.model.bindings
             return None if found == ONE_COLUMN or is_over_pairs else found
-        if shape is None or dims is None:
+        lengths = self.lengths(tensor)
+        if lengths is None or dims is None:
             return 1
         # Channels have a fixed number, and surely not one that the inputs vary, such as the batch.
         possible = [axis for axis in {1, rank - 1} if dims[axis] not in self.model.bindings]
         fixed = [axis for axis in possible if isinstance(dims[axis], int)]
-        return min(fixed or possible, key=lambda axis: (shape[axis], axis), default=None)
+        return min(fixed or possible, key=lambda axis: (lengths[axis] or 0, axis), default=None)
 
     def _declared(self, tensor: str) -> tuple[int | str | None, ...] | None:
         """Declared dimensions of a tensor that is a graph output, itself or through a copy."""
@@ -363,10 +375,15 @@ class Graph:
         outputs = (port for port in self.model.outputs if port.name == tensor)
         return any(dim in self.model.bindings for port in outputs for dim in port.dims)
 
-    def _channels(self, tensor: str, depth: int) -> int | None:
-        """The channel axis as the layers behind a tensor have it, ``ONE_COLUMN`` if they removed an only channel."""
+    def _channels(self, tensor: str, depth: int, rank: int | None = None) -> int | None:
+        """The channel axis as the layers behind a tensor have it, ``ONE_COLUMN`` if they removed an only channel.
+
+        ``rank``: number of axes of a tensor whose shape is not known, as a reader of it has them.
+        """
         node = self.maker(tensor)
         shape = self.shape(tensor)
+        if shape is None:
+            return self._channels_of_rank(tensor, depth, rank or self.rank(tensor))
         if node is None or not shape or depth > DEPTH:
             return None
         if node.op.endswith(kinds.CHANNELS_ON_AXIS_1):
@@ -398,6 +415,21 @@ class Graph:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
         return None
+
+    def _channels_of_rank(self, tensor: str, depth: int, rank: int | None) -> int | None:
+        """The channel axis of a tensor of which only the number of axes is known, behind biases, copies and casts."""
+        node = self.maker(tensor)
+        if node is None or not rank or depth > DEPTH:
+            return None
+        place = site(node, self.model.constants)
+        if place is not None:
+            return place.output_axis % rank
+        computed = [name for name in node.inputs if self.constant(name) is None]
+        constants = [self.model.constants[name] for name in node.inputs if name not in computed]
+        is_passed_on = has(node, Trait.BIAS | Trait.IDENTITY | Trait.CASTS)
+        if not is_passed_on or len(computed) != 1 or any(c.ndim >= rank for c in constants):
+            return None
+        return self._channels(computed[0], depth + 1, rank)
 
     def _reduced(self, node: Node, depth: int) -> int | None:
         """The channel axis behind a sum, a mean or the like over some axes."""

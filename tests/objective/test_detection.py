@@ -694,6 +694,31 @@ def test_channels_of_unknown_layers_have_a_fixed_number(tmp_path: Path) -> None:
     assert [(t.output, t.axis) for t in found.terms] == [("h", 2), ("m", 1)]
 
 
+@pytest.mark.parametrize(
+    "tail", ["y = Add(l, b)", "z = Add(b, l) y = Identity(z)", "y = Identity(l)"]
+)
+def test_declared_shape_counts_where_none_is_inferred(tail: str, tmp_path: Path) -> None:
+    """A batch of another name than that of the input, behind an operator that is not known."""
+    text = f"""(float[N, 6] x) => (float[M, 11, 7] y) <float[5, 7] w, float[7] b>
+        {{ t = some.Thing(x) l = MatMul(t, w) {tail} }}"""
+    model = load(build(text, domains={"some": 1}), tmp_path)
+    assert "y" not in model.shapes
+    term = only(detect(model))
+    assert (term.kind, term.axis) == ("ambiguous", 2)
+    assert "[N, 11, 7] may hold class scores or values" in term.assumption
+    labelled = only(detect(model, np.arange(22).reshape(2, 11) % 7))
+    assert (labelled.kind, labelled.labelled) == ("classes", True)
+
+
+def test_unknown_number_of_columns_is_taken_for_values(tmp_path: Path) -> None:
+    text = "(float[N, 6] x) => (float[N, K] y) { y = some.Thing(x) }"
+    term = only(detect(load(build(text, domains={"some": 1}), tmp_path)))
+    assert term.kind == "values"
+    assert (
+        "[N, ?] is taken for values, as the number of its columns is not known" in term.assumption
+    )
+
+
 LSTM = """(float[T, {batch}, 3] x) => (float[] {out}) <float[2, 16, 3] w, float[2, 16, 4] r> {{
     y, h, c = LSTM <hidden_size = 4, direction = "bidirectional"> (x, w, r) {tail} }}"""
 
