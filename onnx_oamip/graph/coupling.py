@@ -35,6 +35,7 @@ from onnx_oamip.graph.ops import (
     LabelAxis,
     consumers_by_tensor,
     follows_bodies,
+    kinds,
     lookup,
     opaque,
     rule_errors,
@@ -295,12 +296,45 @@ class _Labels:
                 continue  # it reads its constants whole, and its outputs have labels of their own
             obstacle = self._obstacle(node)
             if obstacle:
+                self._pin_decided_classes(node)  # first, as the first reason of a channel counts
                 opaque(node, self, obstacle)
                 continue
             spec = lookup(node.domain, node.op, node.version)
             assert spec is not None  # an operator without an entry is an obstacle
             with rule_errors(node):
                 spec.channels(node, self)
+
+    def _pin_decided_classes(self, node: Node) -> None:
+        """Pins the classes among which a node chooses where the choice is a graph output: they are the interface."""
+        output = self._decided_output(node)
+        if not output:
+            return
+        axes = self.tracked.get(node.inputs[0], [])
+        if axes:
+            axis = int(node.attrs.get("axis", kinds.CLASS_DECISIONS[node.op])) % len(axes)
+            reason = f"{node} chooses among them for the graph output '{shortened(output)}'"
+            self.pin(axes[axis], reason, given=True)
+
+    def _decided_output(self, node: Node) -> str:
+        """Graph output that is a choice of this node among classes, with no layer behind it; empty for other nodes."""
+        if node.domain not in kinds.STANDARD_DOMAINS or node.op not in kinds.CLASS_DECISIONS:
+            return ""
+        outputs = {port.name for port in self.model.outputs}
+        reached: dict[str, None] = {}  # a set in order
+        waiting = list(node.outputs)
+        while waiting:
+            tensor = waiting.pop()
+            if not tensor or tensor in reached:
+                continue
+            reached[tensor] = None
+            for reader in self.readers(tensor):
+                if (
+                    reader.domain not in kinds.DESCRIBED_DOMAINS
+                    or reader.op not in kinds.POSTPROCESSING
+                ):
+                    return ""
+                waiting += reader.outputs
+        return next((tensor for tensor in reached if tensor in outputs), "")
 
     def _computes_constant(self, node: Node) -> bool:
         """Tests for a node that computes a constant which is no view of an initialiser."""

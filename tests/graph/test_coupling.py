@@ -78,6 +78,43 @@ def test_pinned_axes_report_channel_count_and_main_reason(tmp_path: Path) -> Non
     assert "a graph input (x)" in found["w1", 1].reason
 
 
+@pytest.mark.parametrize(
+    ("outputs", "tail", "given"),
+    [
+        pytest.param("int64[] y", "y = ArgMax <axis = 1> (l)", True, id="result"),
+        pytest.param(
+            "int64[] y", "a = ArgMin <axis = -1> (l) y = Mul(a, a)", True, id="arithmetic"
+        ),
+        pytest.param("float[] v, int64[] y", "v, y = TopK(l, two)", True, id="largest"),
+        pytest.param(
+            "float[N,2] y",
+            "a = ArgMax <axis = 1, keepdims = 0> (l) e = Gather(w3, a) y = MatMul(e, w4)",
+            False,
+            id="a layer reads the choice",
+        ),
+        pytest.param("int64[] y", "y = ArgMax <axis = 0> (l)", False, id="another axis"),
+        pytest.param(
+            "int64[N,1] y",
+            "a = ArgMax <axis = 1> (l) y = some.Thing(a)",
+            False,
+            id="unknown operator",
+        ),
+    ],
+)
+def test_classes_that_a_graph_output_is_chosen_of_are_the_interface(
+    outputs: str, tail: str, given: bool, tmp_path: Path
+) -> None:
+    text = f"""(float[N,6] x) => ({outputs}) <float[6,8] w1, float[8,5] w2, float[5,4] w3, float[4,2] w4,
+        int64[1] two = {{2}}> {{ h = MatMul(x, w1) l = MatMul(h, w2) {tail} }}"""
+    model = load(build(text, domains={"some": 1}), tmp_path)
+    coupling = couple(model)
+    pin = next(pin for pin in coupling.pinned if (pin.tensor, pin.axis) == ("w2", 1))
+    assert (pin.count, pin.given) == (5, given)
+    assert ("chooses among them for the graph output 'y'" in pin.reason) == given
+    assert coupling.groups
+    assert all(("w2", 1) not in group.multiplicity for group in coupling.groups)
+
+
 def test_pinned_axes_include_quantised_weights_but_not_indices(tmp_path: Path) -> None:
     text = (
         """(float[N,6] x) => (float[N,4] y, float[] z)

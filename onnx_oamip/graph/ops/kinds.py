@@ -103,23 +103,26 @@ CHANNELS_LAST = frozenset({"LayerNormalization"})
 # --------------------------------------------------------------------------------------------- behind the last layer
 
 COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-DECISIONS = COMPARISONS | {
-    "ArgMax",
-    "ArgMin",
-    "Binarizer",
-    "Ceil",
-    "Compress",
-    "Equal",
-    "Floor",
-    "Hardmax",
-    "NonMaxSuppression",
-    "NonZero",
-    "OneHot",
-    "Round",
-    "Sign",
-    "TopK",
-    "Unique",
-}
+CLASS_DECISIONS = {"ArgMax": 0, "ArgMin": 0, "TopK": -1}
+"""Operators that choose among classes by their scores, and the default of their attribute ``axis``."""
+DECISIONS = (
+    COMPARISONS
+    | frozenset(CLASS_DECISIONS)
+    | {
+        "Binarizer",
+        "Ceil",
+        "Compress",
+        "Equal",
+        "Floor",
+        "Hardmax",
+        "NonMaxSuppression",
+        "NonZero",
+        "OneHot",
+        "Round",
+        "Sign",
+        "Unique",
+    }
+)
 """Operators whose results jump where their inputs change a little."""
 POSTPROCESSING = DECISIONS | {
     "Abs",
