@@ -574,6 +574,7 @@ def verified(found: Verification) -> Document:
         "rounding": found.rounding,
         "output_relative_error": found.output_relative_error,
         "agreement": found.agreement,
+        "agreement_of": found.agreement_of,
         "accuracy_before": found.accuracy_before,
         "accuracy_after": found.accuracy_after,
         "latency_ratio": found.latency_ratio,

@@ -31,6 +31,7 @@ from onnx_oamip.core.records import (
     Port,
     Verification,
 )
+from onnx_oamip.core.records.objective import Term
 from onnx_oamip.data.dataset import Samples, placeholder
 from onnx_oamip.graph.external_data import array, checkable, references
 from onnx_oamip.graph.external_data import tensor as stored
@@ -510,7 +511,8 @@ def compare(
         if progress:
             progress("verify", int(index[-1]) + 1, total)
     outputs = measures.results()
-    decided = _first_decisions(objective, outputs)
+    first = _first_decisions(objective)
+    decided = next((m.values for m in outputs if first and m.term == first.name), {})
     return Verification(
         masked_equivalence=None,
         output_relative_error=_worst(outputs, [error.relative() for error in errors.values()]),
@@ -520,6 +522,7 @@ def compare(
         batches=(),
         samples=total,
         outputs=outputs,
+        agreement_of=first.name if first else None,
     )
 
 
@@ -586,15 +589,11 @@ def _worst(outputs: Sequence[Measure], errors: Sequence[float | None]) -> float 
     return max(known, key=lambda error: np.inf if np.isnan(error) else error, default=None)
 
 
-def _first_decisions(
-    objective: Objective, outputs: Sequence[Measure]
-) -> Mapping[str, float | None]:
-    """Measures of the term whose decisions are reported: labelled terms first, then classes, scores and binary."""
-    by_term = {measure.term: measure.values for measure in outputs}
+def _first_decisions(objective: Objective) -> Term | None:
+    """The term whose decisions are reported, if any: labelled terms first, then classes, scores and binary."""
     kinds = ("classes", "ambiguous", "binary")
     decided = [term for term in objective.judged if term.kind in kinds]
-    first = min(decided, key=lambda t: (not t.labelled, kinds.index(t.kind)), default=None)
-    return {} if first is None else by_term[first.name]
+    return min(decided, key=lambda t: (not t.labelled, kinds.index(t.kind)), default=None)
 
 
 def _beyond(old: Array, new: Floats) -> Bools:

@@ -79,3 +79,38 @@ def test_table_of_numbers_is_divided_where_it_is_too_wide(width: int, tables: in
     assert text.count("MACs asked") == text.count("60.0 %") == tables
     assert all(text.count(f" {10**i}.25 %") == text.count(f"figure {i}") == 1 for i in range(5))
     assert all(word in text for word in ("some", "folded"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rows"),
+    [
+        (["classes"], ["same top class as the original", "accuracy"]),
+        (
+            ["values", "binary"],
+            ["same decisions of 'out[1]' as the original", "accuracy of 'out[1]'"],
+        ),
+    ],
+)
+def test_agreement_and_accuracy_name_their_output_where_there_are_several(
+    kinds: list[str], rows: list[str]
+) -> None:
+    verification = {
+        "masked_equivalence": None,
+        "rounding": None,
+        "output_relative_error": 0.1,
+        "agreement": 0.926,
+        "agreement_of": f"out[{len(kinds) - 1}]",
+        "accuracy_before": 0.9,
+        "accuracy_after": 0.8,
+        "outputs": [{"kind": kind} for kind in kinds],
+        "metric": None,
+        "batches": [],
+        "samples": 1000,
+        "failures": [],
+    }
+    console = Console(file=io.StringIO(), width=100)
+    console.print(parts.checks(verification))
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    found = {line.split("  ")[0].strip() for line in stream.getvalue().splitlines()}
+    assert set(rows) <= found

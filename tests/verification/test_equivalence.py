@@ -476,6 +476,21 @@ def test_model_without_classes_has_no_agreement(tmp_path: Path) -> None:
     assert result.output_relative_error == 0
 
 
+def test_agreement_names_its_term_where_there_are_several(mlp: Model, tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (float[] b, float[] a) <float[6,2] v, float[6,4] w> {
+        m = MatMul(x, v) b = Sigmoid(m) l = MatMul(x, w) a = Softmax(l) }"""
+    model = load(build(text), tmp_path)
+    found = _samples(model, samples(model, 30))
+    other = _changed(model.proto, "w", constants(model.proto)["w"][::-1])
+    result = _compare(model, model.proto, other, found, 8)
+    assert result.agreement_of == "a"  # classes go before independent decisions
+    assert result.agreement == {m.term: m.values["agreement"] for m in result.outputs}["a"]
+    assert f"agreement of 'a' {result.agreement:.2%}" in result.sentence
+    single = _compare(mlp, mlp.proto, mlp.proto, _samples(mlp, samples(mlp, 9)), 4)
+    assert single.agreement_of == "y"
+    assert "agreement 100.00%" in single.sentence
+
+
 def test_labels_of_whole_feeds_count_every_row(mlp: Model) -> None:
     arrays = samples(mlp, 24)
     session = Session(mlp.proto, "cpu")

@@ -231,7 +231,7 @@ class Verification:
     ``failures`` lists the checks that failed. ``rounding`` is the difference that rounding alone makes to the masked
     model, if ``masked_equivalence`` was compared with it. Values that were not measured are None. ``outputs`` are the
     measures of all terms of the objective, the worst first; ``outputs_before_refit`` those of the cut model, empty if
-    nothing was refitted. ``agreement`` and the accuracies are those of the first term with decisions;
+    nothing was refitted. ``agreement`` and the accuracies are those of the first term with decisions, ``agreement_of``;
     ``output_relative_error`` is that of the worst output. ``objective``: the terms, where no other record holds them.
     ``notes``: remarks for the report.
     """
@@ -251,6 +251,7 @@ class Verification:
     metric: MetricValues | None = None
     objective: Objective = field(default_factory=Objective)
     notes: tuple[str, ...] = ()
+    agreement_of: str | None = None
 
     @property
     def latency_ratio(self) -> float | None:
@@ -263,10 +264,12 @@ class Verification:
     def sentence(self) -> str:
         """The measurements in one line."""
         parts = []
+        is_one_of_several = len(self.outputs) > 1 and self.agreement_of
+        of = f" of '{self.agreement_of}'" if is_one_of_several else ""
         if self.accuracy_before is not None and self.accuracy_after is not None:
-            parts.append(f"accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}")
+            parts.append(f"accuracy{of} {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}")
         if self.agreement is not None:
-            parts.append(f"agreement {self.agreement:.2%}")
+            parts.append(f"agreement{of} {self.agreement:.2%}")
         if self.output_relative_error is not None:
             parts.append(f"output error {self.output_relative_error:.3g}")
         if self.latency is not None and not self.latency.doubt:

@@ -51,8 +51,10 @@ from onnx_oamip.reporting.tables.parts import (
     drop_choice,
     latency_bounds,
     latency_interval,
+    of_term,
     plural,
     points,
+    same_decisions,
 )
 
 APPLIED = (
@@ -198,7 +200,7 @@ def _cards(value: Document) -> list[Card]:
             Card("Accuracy", percent(checks["accuracy_after"], 2), note, checks["accuracy_after"])
         )
     elif checks["agreement"] is not None:
-        note = f"same top class, {plural(checks['samples'], 'sample')}"
+        note = f"{same_decisions(checks)}, {plural(checks['samples'], 'sample')}"
         cards.append(Card("Agreement", percent(checks["agreement"], 2), note, checks["agreement"]))
     elif checks["output_relative_error"] is not None:
         note = f"relative, {plural(checks['samples'], 'sample')}"
@@ -530,8 +532,8 @@ def _checks(value: Document) -> Section:
         ("differs from the masked original by", number(found["masked_equivalence"])),
         ("relative error of the outputs", number(found["output_relative_error"])),
         (agreement_name(found), percent(found["agreement"], 2)),
-        ("accuracy before", percent(found["accuracy_before"], 2)),
-        ("accuracy after", percent(found["accuracy_after"], 2)),
+        (f"accuracy before{of_term(found)}", percent(found["accuracy_before"], 2)),
+        (f"accuracy after{of_term(found)}", percent(found["accuracy_after"], 2)),
         ("latency, of the original's", percent(found["latency_ratio"])),
         *_latency_rows(found["latency"]),
         ("largest drop allowed", DASH if max_drop is None else f"{max_drop:g} points"),

@@ -432,13 +432,16 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
         )
     table.add_row("relative error of the outputs", number(verification["output_relative_error"]))
     if verification["agreement"] is not None:
-        table.add_row(agreement_name(verification), percent(verification["agreement"], digits=2))
+        table.add_row(
+            cell(agreement_name(verification)), percent(verification["agreement"], digits=2)
+        )
     if verification["accuracy_after"] is not None:
         before = percent(verification["accuracy_before"], digits=2)
         after = percent(verification["accuracy_after"], digits=2)
         few = verification["samples"] < FEW_SAMPLES
         of = f" of {plural(verification['samples'], 'sample')}" if few else ""
-        table.add_row("accuracy", f"{before} -> {after}{of}")
+        name = f"accuracy{of_term(verification)}"
+        table.add_row(cell(name), f"{before} -> {after}{of}")
     metric = verification["metric"]
     if metric is not None:
         table.add_row(cell(metric["name"]), f"{metric['before']:.6g} -> {metric['after']:.6g}")
@@ -466,13 +469,39 @@ def agreement_name(verification: Document) -> str:
         verification: Its JSON document.
 
     Returns:
-        Words for equal top classes, or for equal decisions at a threshold.
+        Words for equal top classes, or for equal decisions at a threshold, and the term where there are several.
+    """
+    return f"{same_decisions(verification)} as the original"
+
+
+def same_decisions(verification: Document) -> str:
+    """Name the decisions that an agreement counts.
+
+    Args:
+        verification: Its JSON document.
+
+    Returns:
+        As :func:`agreement_name`, without what they are compared with.
     """
     kinds = {measure["kind"] for measure in verification["outputs"]}
     top = not verification["outputs"] or kinds & {"classes", "ambiguous"}
-    if top:
-        return "same top class as the original"
-    return "same decisions as the original"
+    what = "same top class" if top else "same decisions"
+    return f"{what}{of_term(verification)}"
+
+
+def of_term(verification: Document) -> str:
+    """Name the term of an agreement and of accuracies.
+
+    Args:
+        verification: JSON document of a verification.
+
+    Returns:
+        Words to put behind the measure; empty where the objective has one term.
+    """
+    term = verification["agreement_of"]
+    if term is None or len(verification["outputs"]) < 2:
+        return ""
+    return f" of '{shortened(term, NAME)}'"
 
 
 def output_rows(verification: Document) -> Iterator[RenderableType]:
