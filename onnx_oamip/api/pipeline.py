@@ -58,6 +58,12 @@ from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
 
 LOG = logging.getLogger("onnx_oamip")
+NEARLY_ALL = 90.0
+"""Points lost by an output from which a warning is given if another one keeps much."""
+MUCH = 50.0
+"""Points lost up to which an output keeps much."""
+MORE_WEIGHT = 4.0
+"""Weight that is proposed for an output, over its present one."""
 MAX_SILENT_DROP = 1.0
 """Points above which a loss is warned of if no budget bounds a cost or the drop."""
 
@@ -567,6 +573,7 @@ def _finish(
             *result.pruned.notes,
             *notes,
             *_unbounded_loss(budget, verification),
+            *_one_sided_loss(ready, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
             *equivalence.few_samples(verification.samples),
             *verification.notes,
@@ -604,6 +611,35 @@ def _unbounded_loss(budget: Budget, verification: Verification) -> tuple[str, ..
     )
     LOG.warning("%s", note)
     return (note,)
+
+
+def _one_sided_loss(ready: Context, verification: Verification) -> tuple[str, ...]:
+    """Notes and warnings for outputs that lose nearly everything while another one keeps much."""
+    best = min(verification.outputs, key=lambda measure: measure.lost, default=None)
+    if best is None or best.lost > MUCH:
+        return ()
+    notes = tuple(
+        f"output '{measure.term}' loses nearly everything ({measure.lost:.1f} points: {measure.measure}), while "
+        f"'{best.term}' loses {best.lost:.1f} points; try {_other_plans(ready, measure.term)}"
+        for measure in verification.outputs
+        if measure.lost >= NEARLY_ALL
+    )
+    for note in notes:
+        LOG.warning("%s", note)
+    return notes
+
+
+def _other_plans(ready: Context, name: str) -> str:
+    """Settings by which a plan may keep more of one term."""
+    others = [way for way in ("global", "uniform") if way != ready.settings.allocate]
+    ways = [*(f"`allocate={way}`" for way in others), "a larger budget"]
+    term = next(term for term in ready.objective.judged if term.name == name)
+    if term.kind != "exact":
+        kind = "classes" if term.kind == "ambiguous" else term.kind
+        weight = MORE_WEIGHT * term.weight
+        is_open = " (or values)" if term.kind == "ambiguous" else ""
+        ways.append(f"more weight for it, as by `outputs={name}={kind}:{weight:g}`{is_open}")
+    return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 
 def _contact_sheet(context: Context) -> ContactSheet | None:

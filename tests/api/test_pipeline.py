@@ -710,6 +710,31 @@ def test_comparing_unrelated_files_is_refused(task: Path) -> None:
         compare(task / "model.onnx", task / "other.onnx", task / "data.npz", settings())
 
 
+@pytest.mark.parametrize(("weight", "noted"), [(1, False), (1000, True)])
+def test_output_that_loses_nearly_everything_beside_another_is_noted(
+    weight: int, noted: bool, tmp_path: Path
+) -> None:
+    """Half of the MACs are those of either output: with a large weight, one of them takes them all."""
+    text = """(float[N,8] x) => (float[N,4] y, float[N,4] z)
+        <float[8,16] w1, float[16,4] v1, float[8,16] w2, float[16,4] v2> {
+        a = MatMul(x, w1) b = Relu(a) y = MatMul(b, v1)
+        c = MatMul(x, w2) d = Relu(c) z = MatMul(d, v2) }"""
+    (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
+    x = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
+    asked_for = settings(
+        macs=0.54, allocate="mip", outputs={"y": "values", "z": f"values:{weight}"}
+    )
+    report = prune(tmp_path / "model.onnx", {"x": x}, None, asked_for)
+    lost = {measure.term: measure.lost for measure in report.verification.outputs}
+    found = [note for note in document(report)["notes"] if "loses nearly everything" in note]
+    assert len(found) == noted
+    for note in found:
+        assert note.startswith(f"output 'y' loses nearly everything ({lost['y']:.1f} points: ")
+        assert f"while 'z' loses {lost['z']:.1f} points" in note
+        assert "`allocate=global`, `allocate=uniform`, a larger budget" in note
+        assert "`outputs=y=values:4`" in note
+
+
 def test_pruned_file_can_be_pruned_again(task: Path) -> None:
     first = _prune(task)
     again = prune(task / "out.onnx", task / "data.npz", task / "twice.onnx", settings(macs=0.5))
