@@ -1,9 +1,9 @@
 """Augmentation: random changes of samples, by kind of input or by a function of the user; the original labels them.
 
-``images`` (3 channels, or 1 in a square): a random part resized to the whole, mirrored, with other brightness and
-contrast, and put together from parts of four unless they are small. ``audio`` (one long axis): gain, shift and noise.
-``tokens`` (whole numbers along one axis): some are replaced by others of the data, and the end is hidden where an input
-is a mask. Other inputs, such as tables, are left as they are.
+``images`` (3 channels, or 1 in a square, read by a layer with weights): a random part resized to the whole, mirrored,
+with other brightness and contrast, and put together from parts of four unless they are small. ``audio`` (one long
+axis): gain, shift and noise. ``tokens`` (whole numbers along one axis): some are replaced by others of the data, and
+the end is hidden where an input is a mask. Other inputs, such as tables, are left as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.foreign_code import described, foreign_code
-from onnx_oamip.core.records import Array, Floats, Model
+from onnx_oamip.core.records import Array, Floats, Model, Node
+from onnx_oamip.graph.ops import consumers_by_tensor, lookup
 
 Feed: TypeAlias = Mapping[str, Array]
 Augment: TypeAlias = Callable[[Feed, np.random.Generator], dict[str, Array]]
@@ -55,7 +56,48 @@ def kinds(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Inpu
     Returns:
         The kind by name of the input.
     """
-    return {port.name: _kind(port.name, port.dtype, shapes[port.name]) for port in model.inputs}
+    weighted = weighted_inputs(model)
+    found: dict[str, InputKind] = {}
+    for port in model.inputs:
+        kind = _kind(port.name, port.dtype, shapes[port.name])
+        found[port.name] = "other" if kind == "images" and port.name not in weighted else kind
+    return found
+
+
+def weighted_inputs(model: Model) -> list[str]:
+    """List the inputs that a layer with weights reads, such as images.
+
+    Caches of keys and values and masks of attentions have four axes as well, but they only meet other activations.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Names of inputs that are the data of a layer, through any nodes that multiply nothing.
+    """
+    readers = consumers_by_tensor(model)
+    return [port.name for port in model.inputs if _is_weighted(port.name, readers, model)]
+
+
+def _is_weighted(name: str, readers: Mapping[str, Sequence[Node]], model: Model) -> bool:
+    """Tests for a tensor that is the data of a layer with weights before it is multiplied by anything else."""
+    pending = [name]
+    seen = {name}
+    while pending:
+        tensor = pending.pop()
+        for node in readers.get(tensor, ()):
+            spec = lookup(node.domain, node.op, node.version)
+            if spec is None or spec.cost is None:
+                pending += [output for output in node.outputs if output not in seen]
+                seen.update(node.outputs)
+            elif node.inputs[0] == tensor and _has_weight(node, model):
+                return True
+    return False
+
+
+def _has_weight(node: Node, model: Model) -> bool:
+    """Tests for an operand that is a constant of two axes or more."""
+    return any(name in model.constants and len(model.shapes[name]) > 1 for name in node.inputs[1:])
 
 
 def _kind(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> InputKind:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_oamip.core.records import Array, ContactSheet, Model
+from onnx_oamip.data.augmentation import weighted_inputs
 from onnx_oamip.data.dataset import Samples
 
 SHOWN = 16
@@ -30,10 +31,11 @@ def contact_sheet(samples: Samples, model: Model) -> ContactSheet | None:
         model: The model.
 
     Returns:
-        The sheet; None if no input has four axes and 1, 3 or 4 channels.
+        The sheet; None if a layer reads no input with four axes and 1, 3 or 4 channels, or if all of it is empty.
     """
+    weighted = weighted_inputs(model)
     for port in model.inputs:
-        if len(port.dims) == 4 and port.dtype.kind in "fiu":
+        if port.name in weighted and len(port.dims) == 4 and port.dtype.kind in "fiu":
             shown = _shown(samples, port.name)
             if shown:
                 return _sheet(port.name, shown)
@@ -52,7 +54,8 @@ def _shown(samples: Samples, name: str) -> list[Array]:
             value = value.transpose(1, 2, 0)
         elif value.shape[2] not in CHANNELS:
             return []
-        images.append(value[..., :3])
+        if value.size:
+            images.append(value[..., :3])
     reading = samples.reading
     if reading is not None and reading["input"] == name and reading["color"] == "bgr":
         images = [image[..., ::-1] for image in images]

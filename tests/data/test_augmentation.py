@@ -14,10 +14,11 @@ from onnx_oamip.data import augmentation
 
 
 def model(folder: Path, inputs: str) -> Model:
-    """A network with some inputs; what it computes does not matter."""
-    first = inputs.split()[-1]
-    text = f"({inputs}) => (float[] y) {{ s = Shape({first}) y = Cast<to = 1>(s) }}"
-    return load(build(text), folder)
+    """A network with some inputs, the first of which a layer reads."""
+    first = inputs.split("]")[1].split(",")[0].strip()
+    length = inputs.split("]")[0].split(",")[-1]
+    body = f"f = Cast<to = 1>({first}) y = MatMul(f, w)"
+    return load(build(f"({inputs}) => (float[] y) <float[{length},2] w> {{ {body} }}"), folder)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,25 @@ def test_kind_of_an_input_follows_from_type_and_shape(
     loaded = model(tmp_path, declared)
     name = loaded.inputs[0].name
     assert augmentation.kinds(loaded, {name: shape}) == {name: kind}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (
+            "k = Concat<axis = 2>(x, q) k2 = Transpose<perm = [0, 1, 3, 2]>(k) y = MatMul(q, k2)",
+            "other",
+        ),
+        ("a = MatMul(q, q) s = Add(a, x) p = Softmax(s) y = MatMul(p, q)", "other"),
+        ("c = Conv(x, w) y = MatMul(c, q)", "images"),
+    ],
+    ids=["keys", "mask", "image"],
+)
+def test_only_inputs_that_a_layer_reads_are_images(body: str, kind: str, tmp_path: Path) -> None:
+    inputs = "float[N, 3, 8, 8] x, float[N, 3, 8, 8] q"
+    loaded = load(build(f"({inputs}) => (float[] y) <float[3,3,1,1] w> {{ {body} }}"), tmp_path)
+    shapes = {"x": (4, 3, 8, 8), "q": (4, 3, 8, 8)}
+    assert augmentation.kinds(loaded, shapes) == {"x": kind, "q": "other"}
 
 
 @pytest.mark.parametrize(

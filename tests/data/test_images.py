@@ -264,3 +264,26 @@ def test_no_contact_sheet_without_images(place: Path) -> None:
     seven = _model(place, "float", 7)
     maps = {"x": np.zeros((4, 7, 8, 6), np.float32)}
     assert contact_sheet(_load(maps, seven), seven) is None
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_no_contact_sheet_of_a_cache_of_keys(tmp_path: Path, length: int) -> None:
+    inputs = "float[N,3,L,6] past, float[N,3,1,6] x"
+    keys = "k = Concat<axis = 2>(past, x) t = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(x, t)"
+    body = f"{keys} r = ReduceSum<keepdims = 0>(s) f = Add(x, r) y = MatMul(f, w)"
+    model = load(build(f"({inputs}) => (float[] y) <float[6,2] w> {{ {body} }}"), tmp_path)
+    past = np.zeros((20, 3, length, 6), np.float32)
+    sheet = contact_sheet(
+        _load({"x": np.ones((20, 3, 1, 6), np.float32), "past": past}, model), model
+    )
+    assert sheet is not None
+    assert sheet.input == "x"
+
+
+def test_no_contact_sheet_of_images_without_pixels(tmp_path: Path) -> None:
+    inputs = "float[N,3,L,6] x"
+    model = load(
+        build(f"({inputs}) => (float[] y) <float[6,2] w> {{ y = MatMul(x, w) }}"), tmp_path
+    )
+    samples = _load({"x": np.zeros((20, 3, 0, 6), np.float32)}, model)
+    assert contact_sheet(samples, model) is None
