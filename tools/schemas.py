@@ -38,6 +38,7 @@ OPEN = frozenset(
         "bindings",
         "compared",
         "extras",
+        "folded",
         "lengths",
         "options",
         "opset",

@@ -8,13 +8,14 @@ all the same (:class:`Constants`). A new value of a view of an initialiser is wr
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from onnx_oamip.core.records import Array
+from onnx_oamip.core.records import Array, Folded
 from onnx_oamip.graph import external_data, subgraphs
 from onnx_oamip.graph.ops import Trait, domains, has, kinds, views
 
@@ -24,6 +25,7 @@ SMALL = 64
 
 LONGEST_COPIED = 4096
 """Elements of a vector of equal numbers of which every reader gets its own copy."""
+INDEX_TYPES = frozenset({TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL})
 FLOATING_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 
 
@@ -223,6 +225,56 @@ def _taken_out(graph: GraphProto, known: set[str]) -> list[NodeProto]:
 
 
 # ------------------------------------------------------------------------------------------------------------ folding
+
+
+def origins(proto: ModelProto, source: ModelProto) -> dict[str, Folded]:
+    """Finds the nodes and initialisers that folded constants were computed from.
+
+    Args:
+        proto: The normalised graph.
+        source: The graph that it was made of, with the nodes that were folded.
+
+    Returns:
+        Their names, by the name of the constant.
+    """
+    stored = {tensor.name: tensor for tensor in source.graph.initializer}
+    makers = {name: node for node in subgraphs.nodes(source.graph) for name in node.output if name}
+    held = {
+        node.output[0]: node.attribute[0].t
+        for node in subgraphs.nodes(source.graph)
+        if node.op_type in kinds.CONSTANT and node.attribute[0].name == "value"
+    }
+    result = {}
+    for tensor in proto.graph.initializer:
+        if tensor.name not in stored and tensor.name in makers:
+            result[tensor.name] = _origin(tensor.name, {**stored, **held}, makers)
+    return result
+
+
+def _origin(
+    name: str, stored: Mapping[str, TensorProto], makers: Mapping[str, NodeProto]
+) -> Folded:
+    """Nodes and initialisers, or nodes that hold constants, on which a tensor depends."""
+    nodes: dict[str, None] = {}
+    sizes: dict[str, int] = {}
+    pending = [name]
+    seen = {name}
+    while pending:
+        tensor = pending.pop()
+        if tensor in stored and _may_hold_values(stored[tensor]):
+            sizes[tensor] = math.prod(stored[tensor].dims)
+        if tensor in makers:
+            nodes.setdefault(makers[tensor].name)
+            reads = [read for read in subgraphs.reads(makers[tensor]) if read not in seen]
+            seen.update(reads)
+            pending += reads
+    initialisers = sorted(sizes, key=lambda tensor: -sizes[tensor])
+    return Folded(tuple(initialisers), tuple(node for node in nodes if node))
+
+
+def _may_hold_values(tensor: TensorProto) -> bool:
+    """Tests for anything but a shape, a list of axes, or indices."""
+    return len(tensor.dims) > 1 or tensor.data_type not in INDEX_TYPES
 
 
 @dataclass

@@ -522,12 +522,12 @@ def without(model: Model, coupling: Coupling, reasons: Sequence[str]) -> Couplin
 
 def _matching_patterns(model: Model, coupling: Coupling, patterns: Sequence[str]) -> list[str]:
     """Last pattern that matches each group; empty for a group without a match."""
-    nodes_of: dict[str, set[str]] = defaultdict(set)
+    names_of: dict[str, set[str]] = defaultdict(set)
     for node in model.every:
         for name in node.inputs:
             if name in model.constants:
-                nodes_of[name].add(node.name)
-    all_names = set(nodes_of).union(*nodes_of.values())
+                names_of[name].update((node.name, *weight_names(model, name)))
+    all_names = set().union(*names_of.values())
     matched = [""] * len(coupling.groups)
     for pattern in patterns:
         if not any(matches(name, pattern, all_names) for name in all_names):
@@ -535,11 +535,27 @@ def _matching_patterns(model: Model, coupling: Coupling, patterns: Sequence[str]
                 f"`exclude='{pattern}'` matches no weight and no node; see 'onnx-oamip inspect' for names."
             )
         for i, group in enumerate(coupling.groups):
-            weights = {tensor for tensor, _ in group.multiplicity if tensor in nodes_of}
-            names = weights.union(*(nodes_of[weight] for weight in weights))
+            weights = {tensor for tensor, _ in group.multiplicity if tensor in names_of}
+            names = set().union(*(names_of[weight] for weight in weights))
             if any(matches(name, pattern, all_names) for name in names):
                 matched[i] = pattern
     return matched
+
+
+def weight_names(model: Model, weight: str) -> tuple[str, ...]:
+    """List the names by which a pattern of ``exclude`` may mean a weight, besides those of the nodes that read it.
+
+    Args:
+        model: The model.
+        weight: Name of a constant.
+
+    Returns:
+        The name itself, those of the initialisers of the file that hold its values, and those of the nodes of the file
+        that computed it from them.
+    """
+    origin = model.folded.get(model.source(weight))
+    nodes = () if origin is None else origin.nodes
+    return (weight, *model.file_names(weight), *nodes)
 
 
 def matches(name: str, pattern: str, names: Collection[str]) -> bool:

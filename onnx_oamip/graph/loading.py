@@ -147,7 +147,8 @@ def load(
         Session(path if isinstance(path, ModelProto) else Path(path), "cpu", what=name)
         raise
     finite_weights.check(model)
-    return replace(model, interface=interface, notes=notes)
+    folded = computed_constants.origins(proto, source)
+    return replace(model, interface=interface, notes=notes, folded=folded)
 
 
 def _stated_sizes(proto: ModelProto, stated: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -278,6 +279,7 @@ def remade(model: Model, proto: ModelProto) -> Model:
         made,
         interface=model.interface,
         notes=model.notes,
+        folded=model.folded,
         assumed=model.assumed,
         idle=model.idle,
         aside_params=model.aside_params,
@@ -308,7 +310,13 @@ def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
         sha256=model.sha256,
         size=model.file_bytes,
     )
-    return replace(bound, interface=model.interface, notes=model.notes, idle=model.idle)
+    return replace(
+        bound,
+        interface=model.interface,
+        notes=model.notes,
+        folded=model.folded,
+        idle=model.idle,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- reading

@@ -23,6 +23,7 @@ from onnx_oamip.core.records import Axis, Floats, Model, Plan
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.feeds import all_feeds
 from onnx_oamip.graph import cost, low_rank
+from onnx_oamip.graph.coupling import weight_names
 from onnx_oamip.graph.linear_layers import matrix_shape
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.planning import idle_branches, rotation, width_losses
@@ -191,7 +192,7 @@ def _paying(context: Context) -> list[Site]:
 
 def _is_large(context: Context, place: Site) -> bool:
     """Tests for a layer with a share of the MACs, of no more outputs than components are computed for."""
-    if _is_excluded(place, context.settings.exclude):
+    if _is_excluded(place, context):
         return False
     ledger = context.ledger
     terms = ledger.terms(ledger.macs, ledger.lengths(cost.full_widths(context.coupling)))
@@ -200,8 +201,9 @@ def _is_large(context: Context, place: Site) -> bool:
     return bool(own >= LEAST_SHARE * terms.sum()) and outputs <= rotation.MOST_CHANNELS
 
 
-def _is_excluded(place: Site, patterns: Sequence[str]) -> bool:
-    names = (place.weight, place.node.name)
+def _is_excluded(place: Site, context: Context) -> bool:
+    names = (place.node.name, *weight_names(context.model, place.weight))
+    patterns = context.settings.exclude
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 

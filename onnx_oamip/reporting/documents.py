@@ -288,6 +288,7 @@ def inspection(
             for group, consumers in zip(coupling.groups, _consumers(coupling), strict=True)
         ],
         "skipped": _skipped(coupling),
+        "folded": _folded(model, coupling),
         "objective": terms(objective),
         "notes": _distinct([*model.notes, *objective.notes]),
         "versions": versions(),
@@ -541,6 +542,14 @@ def _summary(values: Floats) -> Document:
     # A unit ranked directly below another may differ from it by the smallest number that a float can hold.
     normal = np.where(np.abs(values) < np.finfo(np.float64).tiny, 0.0, values)
     return {"min": normal.min(), "mean": normal.mean(), "max": normal.max()}
+
+
+def _folded(model: Model, coupling: Coupling) -> Document:
+    """Names of the initialisers in the file, by the name of a weight that was computed from them on loading."""
+    grouped = [tensor for group in coupling.groups for tensor, _ in group.multiplicity]
+    weights = dict.fromkeys([*grouped, *(pinned.tensor for pinned in coupling.pinned)])
+    names = {name: list(model.file_names(name)) for name in weights if name in model.folded}
+    return {name: of for name, of in names.items() if of != [name]}
 
 
 def _skipped(coupling: Coupling) -> list[Document]:

@@ -663,6 +663,24 @@ def test_names_with_brackets_are_not_markup(run: Run, place: Path) -> None:
     assert "[red]w[/nope]" in result.out
 
 
+def test_inspect_names_the_initialiser_of_a_folded_weight(run: Run, place: Path) -> None:
+    text = """(float[n,6] x) => (float[n,2] y) <float[8,6] fc1, float[2,8] fc2> {
+        t1 = Transpose<perm = [1, 0]>(fc1)
+        h = MatMul(x, t1)
+        r = Relu(h)
+        t2 = Transpose<perm = [1, 0]>(fc2)
+        y = MatMul(r, t2)
+    }"""
+    (place / "turned.onnx").write_bytes(build(text).SerializeToString())
+    document = run("inspect", "turned.onnx", "--json").document
+    assert document["folded"] == {"t1": ["fc1"], "t2": ["fc2"]}
+    assert [group["name"] for group in document["groups"]] == ["t1"]
+    shown = run("inspect", "turned.onnx").out
+    assert "t1 (fc1)" in shown
+    assert "t2 (fc2)" in shown
+    assert run("inspect", "model.onnx", "--json").document["folded"] == {}
+
+
 def test_inspect_states_the_sizes_that_it_assumed(run: Run, place: Path) -> None:
     text = """(float[n,1,samples] x) => (float[n,8,frames] y) <float[4,1,20] w1, float[8,4,1] w2> {
         h = Conv(x, w1)

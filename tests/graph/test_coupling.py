@@ -203,6 +203,46 @@ def test_exclusion_reason_names_the_pattern(tmp_path: Path) -> None:
     }
 
 
+FOLDED = {
+    "transpose": ("t = Transpose<perm = [1, 0]>(stored) a = MatMul(x, t)", "float[8,5] stored"),
+    "reshape": (
+        "t = Reshape(stored, s) a = MatMul(x, t)",
+        "float[5,2,4] stored, int64[2] s = {5, 8}",
+    ),
+    "factor": (
+        "q = Transpose<perm = [1, 0]>(stored) t = Mul(f, q) a = MatMul(x, t)",
+        "float[1] f = {0.5}, float[8,5] stored",
+    ),
+    "fused": ("a = com.microsoft.FusedMatMul<transB = 1>(x, stored)", "float[8,5] stored"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_weight_that_is_folded_on_loading_has_its_name_in_the_file(
+    case: str, tmp_path: Path
+) -> None:
+    body, weights = FOLDED[case]
+    net = f"""(float[N,5] x) => (float[N,4] y) <{weights}, float[8,6] w2, float[6,4] w3> {{
+        {body} b = Relu(a) c = MatMul(b, w2) d = Relu(c) y = MatMul(d, w3) }}"""
+    model = load(build(net, domains={"com.microsoft": 1}), tmp_path)
+    coupling = couple(model)
+    first, second = coupling.groups
+    assert first.name != "stored"
+    expected = ("stored", "f") if case == "factor" else ("stored",)
+    assert model.file_names(first.name) == expected
+    assert model.file_names(second.name) == (second.name,)
+    fewer = exclude(model, coupling, ["stored"])
+    assert [group.name for group in fewer.groups] == [second.name]
+
+
+def test_folded_node_is_excluded_by_its_name(tmp_path: Path) -> None:
+    net = """(float[N,5] x) => (float[N,4] y) <float[8,5] stored, float[8,6] w2, float[6,4] w3> {
+        [turn] t = Transpose<perm = [1, 0]>(stored) a = MatMul(x, t) b = Relu(a) c = MatMul(b, w2) d = Relu(c)
+        y = MatMul(d, w3) }"""
+    model, coupling = _coupled(net, tmp_path)
+    assert [group.name for group in exclude(model, coupling, ["turn"]).groups] == ["w2"]
+
+
 # ------------------------------------------------------------------------------------------------- what cannot be tied
 
 

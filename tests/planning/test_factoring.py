@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphs import build, load
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 
 from onnx_oamip.api import pipeline, recovery
 from onnx_oamip.api.prepare import prepare
@@ -103,6 +103,21 @@ def test_plan_with_factors_is_carried_out_as_prune_does(path: Path, tmp_path: Pa
 def test_excluded_layer_is_left_whole(path: Path) -> None:
     found = prepare(path, _data(), _settings(exclude=("w1",))).factoring
     assert found is None or "w1_low_rank" not in found.groups
+
+
+def test_layer_is_excluded_by_the_name_of_its_weight_in_the_file(tmp_path: Path) -> None:
+    proto = _model()
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name == "w1")
+    turned = np.ascontiguousarray(numpy_helper.to_array(weight).T)
+    weight.CopyFrom(numpy_helper.from_array(turned, "stored"))
+    proto.graph.node.insert(0, helper.make_node("Transpose", ["stored"], ["w1"], perm=[1, 0]))
+    file = tmp_path / "turned.onnx"
+    file.write_bytes(proto.SerializeToString())
+    found = prepare(file, _data(), _settings()).factoring
+    assert found is not None
+    assert "w1_low_rank" in found.groups
+    left = prepare(file, _data(), _settings(exclude=("stored",))).factoring
+    assert left is None or "w1_low_rank" not in left.groups
 
 
 @pytest.mark.parametrize(

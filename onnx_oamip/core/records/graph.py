@@ -122,6 +122,19 @@ class Interface:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Origin of a constant that nodes of the file compute, and that was computed when the file was loaded.
+
+    Attributes:
+        initialisers: Names of the initialisers of the file that hold its values, that with the most elements first.
+        nodes: Names of the nodes.
+    """
+
+    initialisers: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model: constants folded, nodes named, shapes known for one batch.
@@ -146,6 +159,7 @@ class Model:
         computed: Names of the constants that nodes compute.
         views: Initialiser by the name of a computed constant that holds its elements, transposed, reshaped, cast or
             dequantised.
+        folded: Origin in the file of the constants that were computed from initialisers on loading.
         assumed: Symbolic dimensions whose size is a default.
         idle: Node by the name of every node in a branch of it that no calibration sample runs.
         aside_params: Parameters of branches that were left out of the graph (see ``graph.taken_branches``).
@@ -168,6 +182,7 @@ class Model:
     notes: tuple[str, ...] = ()
     computed: frozenset[str] = frozenset()
     views: Mapping[str, str] = field(default_factory=dict)
+    folded: Mapping[str, Folded] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
     idle: Mapping[str, str] = field(default_factory=dict)
     aside_params: int = 0
@@ -202,6 +217,21 @@ class Model:
             The initialiser that the constant is a view of, or else the name itself.
         """
         return self.views.get(constant, constant)
+
+    def file_names(self, constant: str) -> tuple[str, ...]:
+        """List the initialisers of the file that hold the values of a constant.
+
+        Args:
+            constant: Name of an initialiser, or of a constant that is computed.
+
+        Returns:
+            Their names, that with the most elements first. Several for weights that were joined on loading.
+        """
+        stored = self.source(constant)
+        origin = self.folded.get(stored)
+        if origin is None or not origin.initialisers:
+            return (stored,)
+        return origin.initialisers
 
     @property
     def every(self) -> tuple[Node, ...]:

@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.data.feeds import feeds_within_memory
-from onnx_oamip.graph.coupling import matches
+from onnx_oamip.graph.coupling import matches, weight_names
 from onnx_oamip.graph.linear_layers import Editor, unmatrix
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier, element_types
@@ -96,11 +96,14 @@ class ConnectionPruner:
         uses = tensor_uses(model)
         every = [site for site in linear_nodes(model) if not is_depthwise(model, site)]
         unshared = [site for site in every if uses[site.weight] == 1]
-        names = {name for site in every for name in (site.node.name, site.weight)}
+        own = {
+            site.node.name: (site.node.name, *weight_names(model, site.weight)) for site in every
+        }
+        names = set().union(*own.values())
         self.sites = {
             site.node.name: site
             for site in unshared
-            if not _is_excluded(site, settings.exclude, names)
+            if not _is_excluded(own[site.node.name], settings.exclude, names)
         }
         left_alone = {
             "layers share their weight with others": len(every) - len(unshared),
@@ -310,12 +313,11 @@ class ConnectionPruner:
 
 
 def _is_excluded(
-    site: Site,
+    own: Sequence[str],
     patterns: Sequence[str],
     names: Collection[str],
 ) -> bool:
-    """True if a pattern of ``exclude`` matches the node or its weight, out of the names of all of them."""
-    own = (site.node.name, site.weight)
+    """True if a pattern of ``exclude`` matches a name of the node or of its weight, out of those of all of them."""
     return any(matches(name, pattern, names) for pattern in patterns for name in own)
 
 

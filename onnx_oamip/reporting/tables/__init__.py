@@ -5,7 +5,7 @@ They are made from the documents alone, so that tables and JSON always agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from rich.console import Console, RenderableType
@@ -190,20 +190,32 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
     yield table
     yield costs(value["cost"])
     yield from assumption_rows(model)
+    in_file = {name: of[0] for name, of in value["folded"].items()}
     table = grid("group", ">units", ">weights", "summed over by")
     for group in value["groups"][:ROWS]:
         weights = len({a["tensor"] for a in group["axes"] if a["constant"]})
         table.add_row(
-            cell(shortened(group["name"])),
+            cell(_with_name_in_file(group["name"], in_file)),
             f"{group['units']:,}",
             str(weights),
             cell(some(group["consumers"])),
         )
     yield from limited(table, value["groups"], "groups")
     yield from objective_rows(value["objective"])
-    yield from reason_rows(value["skipped"])
+    skipped = [
+        {**entry, "tensor": _with_name_in_file(entry["tensor"], in_file)}
+        for entry in value["skipped"]
+    ]
+    yield from reason_rows(skipped)
     if value["notes"]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _with_name_in_file(name: str, in_file: Mapping[str, str]) -> str:
+    """Name of a weight, or of a group that is named after one, with that of the initialiser in brackets."""
+    weight = name if name in in_file else name.rpartition("#")[0]
+    stored = in_file.get(weight)
+    return shortened(name) if stored is None else f"{shortened(name)} ({shortened(stored)})"
 
 
 def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
