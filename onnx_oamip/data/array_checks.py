@@ -5,7 +5,7 @@ Every error names the array and states the finding, the expectation and a remedy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -40,13 +40,22 @@ class Scaling(NamedTuple):
     offset: Array
 
 
-def check_names(arrays: Mapping[str, Stored], model: Model, where: str) -> None:
+def check_names(
+    arrays: Mapping[str, Stored],
+    model: Model,
+    where: str,
+    *,
+    prefix: str = "",
+    held_out: Collection[str] = (),
+) -> None:
     """Check that every input has an array, and that every array has a meaning.
 
     Args:
         arrays: Arrays by name.
         model: Model that reads them.
         where: Name of the source.
+        prefix: Prefix of their names in the source, that of held-out samples or none.
+        held_out: Names in the source of arrays that hold held-out samples, where these arrays do not.
 
     Raises:
         DataError: An array is missing or unknown, or the model has no inputs.
@@ -57,10 +66,20 @@ def check_names(arrays: Mapping[str, Stored], model: Model, where: str) -> None:
     missing = [name for name in names if name not in arrays]
     if missing:
         present = sorted(key for key in arrays if not key.endswith((SCALE, OFFSET)))
-        listed = ", ".join(present) or "nothing"
+        listed = ", ".join(prefix + key for key in present) or "nothing"
+        wanted = f"'{missing[0]}' ({expected(model.port(missing[0]))})"
+        if prefix:
+            raise DataError(
+                f"{where} has arrays for {listed} but no '{prefix}{missing[0]}', held-out samples for the model's "
+                f"input {wanted}; add it, or leave out the arrays that begin with '{prefix}'."
+            )
+        if held_out and not present:
+            raise DataError(
+                f"{where} has arrays for {', '.join(sorted(held_out))} alone, which are held out, but none for the "
+                f"model's input {wanted}; add an array '{missing[0]}' of calibration samples."
+            )
         raise DataError(
-            f"{where} has arrays for {listed} but the model's input is '{missing[0]}' "
-            f"({expected(model.port(missing[0]))}); name the array after the input."
+            f"{where} has arrays for {listed} but the model's input is {wanted}; name the array after the input."
         )
     allowed = {*names, LABELS, GROUPS}
     for name in names:
@@ -68,7 +87,7 @@ def check_names(arrays: Mapping[str, Stored], model: Model, where: str) -> None:
     extra = sorted(set(arrays) - allowed)
     if extra:
         raise DataError(
-            f"{where} has an array '{extra[0]}' that is no input of the model; inputs are {', '.join(names)}, "
+            f"{where} has an array '{prefix}{extra[0]}' that is no input of the model; inputs are {', '.join(names)}, "
             "and 'labels' and 'groups' are optional."
         )
 

@@ -86,6 +86,7 @@ class Samples:
         origin: Indices of the samples in the source, None if these are all of them in order.
         reading: How images were read, for the report; None without images.
         notes: Remarks for the report.
+        in_source: Number of samples in the source; None without one.
     """
 
     arrays: Mapping[str, Stored]
@@ -100,6 +101,7 @@ class Samples:
     reading: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     groups: Array | None = None
+    in_source: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -326,8 +328,12 @@ def load(
     held_out = {k for k in loaded.arrays if k.startswith(EVALUATION) and k not in inputs}
     if prefix == EVALUATION:
         evaluation = _evaluation_part(loaded.arrays, held_out)
-        return _samples(replace(loaded, arrays=evaluation), model) if held_out else None
+        if not held_out:
+            return None
+        array_checks.check_names(evaluation, model, loaded.where, prefix=EVALUATION)
+        return _samples(replace(loaded, arrays=evaluation), model)
     calibration = {key: v for key, v in loaded.arrays.items() if key not in held_out}
+    array_checks.check_names(calibration, model, loaded.where, held_out=held_out)
     return _samples(replace(loaded, arrays=calibration), model)
 
 
@@ -390,7 +396,6 @@ def _stored(name: str, value: Any) -> Stored:
 def _samples(loaded: Loaded, model: Model) -> Samples:
     """Check arrays and make samples of them."""
     given, where = loaded.arrays, loaded.where
-    array_checks.check_names(given, model, where)
     scales: dict[str, Scaling] = {}
     given = _rebatched(given, model)
     inputs = {port.name: _as_column(given[port.name], port) for port in model.inputs}
@@ -426,6 +431,7 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
         reading=loaded.reading,
         notes=(*loaded.notes, doubt) if doubt else loaded.notes,
         groups=groups,
+        in_source=count,
     )
     if samples.whole:
         return samples

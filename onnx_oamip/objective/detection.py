@@ -41,6 +41,8 @@ def detect(
     labels: Array | None = None,
     task: str | None = None,
     outputs: Mapping[str, tuple[str, float]] | None = None,
+    *,
+    in_source: int | None = None,
 ) -> Objective:
     """Find the terms by which a pruned model is judged.
 
@@ -49,6 +51,7 @@ def detect(
         labels: Labels of the data, samples along axis 0: classes, zeros and ones, or floats.
         task: The kind of the model's output (``--task``), for models with one output to decide about.
         outputs: (kind, weight) by name of an output, or of a term (``--output``).
+        in_source: Number of samples in the data that the labels are a part of, for messages. Default: that of labels.
 
     Returns:
         The objective without scales (``normaliser.Normaliser`` finds them).
@@ -76,7 +79,8 @@ def detect(
     if task is not None:
         terms = _with_task(tails, terms, task)
     if labels is not None:
-        terms, note = _labelled(tails, terms, labels)
+        shape = (len(labels) if in_source is None else in_source, *labels.shape[1:])
+        terms, note = _labelled(tails, terms, labels, shape)
         notes += note
     assumed = _with_assumptions(tails, terms)
     terms, more = _without_repetitions([_by_state(tails.graph, term) for term in assumed])
@@ -326,8 +330,16 @@ def _labelled(
     tails: Tails,
     terms: list[Term],
     labels: Array,
+    shape: tuple[int, ...],
 ) -> tuple[list[Term], list[str]]:
-    """(terms, notes) where the labels belong to the first term that they fit."""
+    """(terms, notes) where the labels belong to the first term that they fit.
+
+    Args:
+        tails: The ends of the network.
+        terms: All terms.
+        labels: Labels of some samples.
+        shape: Shape of the labels of all samples, for messages.
+    """
     wrong: Term | None = None
     for kind in ORDER:
         for place, term in enumerate(terms):
@@ -338,7 +350,7 @@ def _labelled(
                 return [*terms[:place], fitting, *terms[place + 1 :]], []
             if kind == "ambiguous" and _bits(labels) and _one_number(tails, term, labels):
                 raise DataError(
-                    f"'labels' of shape {labels.shape} may be independent decisions or classes marked by a 1 for the "
+                    f"'labels' of shape {shape} may be independent decisions or classes marked by a 1 for the "
                     f"raw output '{term.output}'; give one class per sample, or `outputs={term.output}=binary`."
                 )
             if (
@@ -354,11 +366,11 @@ def _labelled(
         )
     if not _whole(labels) or sum(length != 1 for length in labels.shape[1:]):
         raise DataError(
-            f"'labels' is {labels.dtype} of shape {labels.shape}, which fits no output of the model; expected "
+            f"'labels' is {labels.dtype} of shape {shape}, which fits no output of the model; expected "
             "integers, one class per sample (or per position); zeros and ones, one per binary decision; or floats, "
             "one per value."
         )
-    return terms, [f"labels of shape {labels.shape} fit no output of the model and are not used"]
+    return terms, [f"labels of shape {shape} fit no output of the model and are not used"]
 
 
 def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:

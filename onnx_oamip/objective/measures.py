@@ -217,7 +217,7 @@ class _Decisions(_Counter):
                 precision=float(recall * others / found) if found else None,
             )
             if others < RARE * decided.sum():
-                warnings.append(_few(self.term, others / decided.sum()))
+                warnings.append(_few_others(self.term, others / decided.sum(), background))
         elif not others and len(decided) > 1 and decided.sum() >= ENOUGH:
             warnings.append(_alike(self.term, f"class {background}"))
         drop = _drop(values)
@@ -482,6 +482,13 @@ def _alike(term: Term, decision: str) -> str:
     return (
         f"all decisions of '{term.name}' are {decision} on this data, so that their agreement says nothing; give data "
         "on which the model decides otherwise"
+    )
+
+
+def _few_others(term: Term, share: float, background: int) -> str:
+    return (
+        f"only {100 * share:.2g} % of the decisions of '{term.name}' are for other classes than {background} on this "
+        f"data; agreement says little, look at the recall of all decisions but class {background}"
     )
 
 

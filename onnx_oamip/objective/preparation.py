@@ -58,7 +58,13 @@ def find_objective(
     for part in (samples, held):
         if part is not None and part.labels is not None:
             try:
-                judged = detect(model, part.labels, settings.task, settings.kinds)
+                judged = detect(
+                    model,
+                    part.labels,
+                    settings.task,
+                    settings.kinds,
+                    in_source=part.in_source,
+                )
             except DataError as error:
                 raise DataError(f"{part.source}: {error}") from error
             found = found or judged

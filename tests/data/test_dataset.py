@@ -279,6 +279,12 @@ def test_names_must_match(model: Model, pair: Model) -> None:
     )
     _refused({}, model, "has arrays for nothing")
     _refused(
+        {"eval.x": IMAGES},
+        model,
+        "for eval.x alone, which are held out",
+        "none for the model's input 'x'",
+    )
+    _refused(
         {"x": IMAGES, "extra": IMAGES}, model, "an array 'extra' that is no input", "inputs are x"
     )
     _refused({"x": IMAGES, "y.scale": np.float32(1)}, model, "'y.scale'")
@@ -525,7 +531,16 @@ def test_evaluation_part_is_checked(model: Model) -> None:
         {"x": IMAGES, "eval.x": IMAGES[:, :2]}, model, "has shape (10, 2, 4, 4)", prefix=EVALUATION
     )
     _refused(
-        {"x": IMAGES, "eval.labels": LABELS}, model, "the model's input is 'x'", prefix=EVALUATION
+        {"x": IMAGES, "eval.labels": LABELS},
+        model,
+        "has arrays for eval.labels but no 'eval.x'",
+        prefix=EVALUATION,
+    )
+    _refused(
+        {"x": IMAGES, "eval.x": IMAGES, "eval.z": IMAGES},
+        model,
+        "an array 'eval.z' that is no input",
+        prefix=EVALUATION,
     )
 
 

@@ -123,8 +123,10 @@ def test_rare_classes_are_measured_by_recall() -> None:
     assert found.measure == "recall of all decisions but class 0"
     assert found.lost == pytest.approx(200 / 3)
     assert found.classes == ((1, 3 / 200, pytest.approx(1 / 3)),)
-    assert found.warnings == (
-        "only 1.5 % of the decisions of 'c' are positive on this data; agreement says little, look at the recall",
+    (warning,) = found.warnings
+    assert warning == (
+        "only 1.5 % of the decisions of 'c' are for other classes than 0 on this data; agreement says little, look at "
+        "the recall of all decisions but class 0"
     )
 
 

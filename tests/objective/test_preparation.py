@@ -12,7 +12,9 @@ from graphs import build, load
 from onnx import numpy_helper
 
 from onnx_oamip.artifacts.cache import open_store
+from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Model, Objective
+from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.objective import detect, preparation, scale, spread_rare
@@ -46,6 +48,20 @@ def _equal(one: Objective, other: Objective) -> bool:
         and np.array_equal(a.scale.balance, b.scale.balance)
         for a, b in pairs
     )
+
+
+@pytest.mark.parametrize("form", [(7,), (9, 2)])
+def test_refusal_of_labels_has_the_shape_of_all_of_them(
+    case: tuple[Model, Samples], form: tuple[int, ...]
+) -> None:
+    """Some samples were held out before the labels are read."""
+    model, samples = case
+    labels = np.full((samples.count, *form), 0.5, np.float32)
+    calibration, _ = dataset.hold_out(replace(samples, labels=labels), seed=0)
+    assert calibration.count < samples.count
+    with pytest.raises(DataError) as caught:
+        preparation.find_objective(model, Settings.create(), calibration)
+    assert f"of shape {labels.shape}, which fits no output" in str(caught.value)
 
 
 def test_scales_come_from_the_cache(
