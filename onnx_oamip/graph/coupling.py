@@ -23,6 +23,7 @@ from onnx_oamip.core.records import (
     Array,
     Axis,
     Body,
+    Bools,
     Consumer,
     Coupling,
     Group,
@@ -376,7 +377,12 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
         for axis, axis_labels in enumerate(labels.tracked.get(view, ()))
         if axis_labels is not None
     }
-    for key, axis_labels in {**labels.constant_labels, **of_views}.items():
+    all_labels = {**labels.constant_labels, **of_views}
+    is_channel = _channels(labels, all_labels)
+    claiming: dict[str, set[str]] = defaultdict(set)
+    for node_name, (constant, _) in labels.claims:
+        claiming[constant].add(node_name)
+    for key, axis_labels in all_labels.items():
         constant = key[0]
         if labels.is_output(constant):
             reason = f"'{shortened(constant)}' is a graph output as well"
@@ -388,8 +394,23 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
         for node in labels.readers(constant):
             if (node.name, key) in labels.claims:
                 continue
-            labels.pin(axis_labels, f"{node} reads '{shortened(constant)}' whole")
+            # Views follow every axis of a kernel, also the taps: a layer has no labels for those.
+            has_others = node.name in claiming[constant]
+            is_listed = bool(is_channel[axis_labels].any()) or not has_others
+            reason = f"{node} reads '{shortened(constant)}' whole"
+            labels.pin(axis_labels, reason, listed=is_listed)
     return labels
+
+
+def _channels(labels: _Labels, all_labels: Mapping[Axis, Ints]) -> Bools:
+    """Mask of the labels (labels,) that a node follows which does more than to make a view of a constant."""
+    views = labels.model.views
+    makers = {node.name for node in labels.model.every if node.outputs and node.outputs[0] in views}
+    result = np.zeros(labels.count, bool)
+    for node, key in labels.claims:
+        if node not in makers and key in all_labels:
+            result[all_labels[key]] = True
+    return result
 
 
 def couple(model: Model) -> Coupling:

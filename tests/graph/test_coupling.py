@@ -203,6 +203,43 @@ def test_exclusion_reason_names_the_pattern(tmp_path: Path) -> None:
     }
 
 
+STORED = {
+    "half precision": ("float16", "{0}v = Cast<to = 1>({0})"),
+    "codes": ("int8", "{0}c = Cast<to = 1>({0}) {0}v = Mul({0}c, {0}s)"),
+}
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_taps_of_a_kernel_behind_a_cast_are_no_pinned_channels(form: str, tmp_path: Path) -> None:
+    """The same axes are listed as for a weight that the layer reads itself."""
+    layers = """a = Conv(x, {w1}) b = Conv<group = 6>(a, {w2}) c = Conv(b, {w3}) d = Flatten(c) y = MatMul(d, w4)"""
+    shapes = {"w1": "6,3,3,3", "w2": "6,1,3,3", "w3": "4,6,1,1"}
+    kind, make = STORED[form]
+    views = " ".join(make.format(name) for name in shapes)
+    scales = ", ".join(f"float[{shape[0]},1,1,1] {name}s" for name, shape in shapes.items())
+    found = []
+    for stored_as, before, after in (("float", "", ""), (kind, views, "v")):
+        weights = ", ".join(f"{stored_as}[{shape}] {name}" for name, shape in shapes.items())
+        body = layers.format(**{name: name + after for name in shapes})
+        net = f"""(float[N,3,6,6] x) => (float[N,5] y) <{weights}, {scales}, float[16,5] w4> {{ {before} {body} }}"""
+        _, coupling = _coupled(net, tmp_path)
+        listed = {(p.tensor, p.axis, p.count, p.reason) for p in coupling.pinned}
+        found.append((coupling.n_units, {entry for entry in listed if entry[0] in shapes}))
+    plain, stored = found
+    assert plain[1]
+    assert stored[0] == plain[0] > 0
+    assert {entry[:3] for entry in stored[1]} == {entry[:3] for entry in plain[1]}
+
+
+def test_channels_that_another_reader_of_a_view_reads_whole_are_listed(tmp_path: Path) -> None:
+    net = """(float[N,3,5,5] x) => (float[] y, float[] z) <float16[6,3,3,3] w, float[6,4] w2> {
+        v = Cast<to = 1>(w) a = Conv(x, v) b = GlobalAveragePool(a) c = Flatten(b) y = MatMul(c, w2)
+        t = Cast<to = 1>(w) z = ReduceSum(t) }"""
+    _, coupling = _coupled(net, tmp_path)
+    assert not coupling.n_units
+    assert ("w", 0, 6) in {(p.tensor, p.axis, p.count) for p in coupling.pinned}
+
+
 FOLDED = {
     "transpose": ("t = Transpose<perm = [1, 0]>(stored) a = MatMul(x, t)", "float[8,5] stored"),
     "reshape": (
