@@ -43,6 +43,7 @@ from onnx_oamip.data.array_checks import GROUPS, LABELS, OFFSET, SCALE, Scaling
 from onnx_oamip.data.layouts import Layout
 from onnx_oamip.data.loaded import Loaded
 from onnx_oamip.data.unequal import FeedCollector, Stored, UnequalArrays, as_text
+from onnx_oamip.graph import batch_symbols
 from onnx_oamip.graph.loading import rebind
 from onnx_oamip.graph.shape_inference import symbol
 
@@ -475,14 +476,23 @@ def at_data(model: Model, samples: Samples) -> Model:
 def _at_sizes(model: Model, sizes: Mapping[str, int], samples: Samples) -> Model:
     """The model at the sizes of its smallest feed, with the number of samples in it."""
     bound = rebind(model, sizes)
-    batch = 1
-    if not samples.whole:
-        batched = (
-            (n, layout.axis) for n, layout in samples.layouts.items() if layout.kind == "batch"
-        )
-        lengths = (bound.shapes[name][axis] for name, axis in batched if axis is not None)
-        batch = next(lengths, 1)
-    return replace(bound, batch=batch)
+    axes = ((port.name, _counting_axis(port, model, samples)) for port in model.inputs)
+    lengths = (bound.shapes[name][axis] for name, axis in axes if axis is not None)
+    return replace(bound, batch=next(lengths, 1))
+
+
+def _counting_axis(port: Port, model: Model, samples: Samples) -> int | None:
+    """Axis of an input that counts samples; None where it has none, and where it may be another one of a whole feed."""
+    layout, stored = samples.layouts[port.name], samples.arrays[port.name]
+    if layout.kind == "batch":
+        return layout.axis
+    if layout.kind == "shared":
+        return None
+    axis = batch_symbols.shown_batch_axis(port, model.inputs, model.outputs)
+    if axis is not None and isinstance(stored, UnequalArrays):
+        is_varied = len(np.unique(stored.shapes[:, axis])) > 1  # as the nodes of graphs
+        return None if is_varied else axis
+    return axis
 
 
 def _rebatched(arrays: Mapping[str, Stored], model: Model) -> Mapping[str, Stored]:

@@ -9,8 +9,10 @@ from onnx_oamip.core.records import Port
 
 NAMED = re.compile(r"((n|num|dim)_?)?batch(_?(size|dim|axis))?", re.IGNORECASE)
 """Symbols that say that they are the batch."""
-USUAL = ("N", "n", "B", "b", "bs")
+USUAL = ("N", "B", "bs")
 """Short symbols that mean the batch where they lead an input."""
+RANK_OF_IMAGES = 4
+"""Axes of an input from which the leading one counts images."""
 
 
 def is_fixed(dim: int | str | None) -> bool:
@@ -55,6 +57,26 @@ def batch_axes(port: Port, inputs: Sequence[Port], outputs: Sequence[Port]) -> t
     if not is_batch:
         axes += [k for k in range(1, len(dims)) if dims[k] == 1]
     return tuple(axes)
+
+
+def shown_batch_axis(port: Port, inputs: Sequence[Port], outputs: Sequence[Port]) -> int | None:
+    """Find the batch axis of an input of which the symbols or the rank show that it counts samples.
+
+    Args:
+        port: Input of the model.
+        inputs: All inputs.
+        outputs: All outputs.
+
+    Returns:
+        The axis; None where axis 0 may as well count steps, rows of an image, or nodes of a graph.
+    """
+    symbol = batch_symbol(inputs, outputs)
+    if symbol in port.dims:
+        return port.dims.index(symbol)
+    if not port.dims:
+        return None
+    is_usual = port.dims[0] in USUAL or len(port.dims) >= RANK_OF_IMAGES
+    return 0 if is_usual else None
 
 
 def batch_symbol(inputs: Sequence[Port], outputs: Sequence[Port]) -> str | None:

@@ -216,7 +216,7 @@ def are_scales(scales: tuple[Scale, ...], objective: Objective) -> bool:
 def _spread(model: Model, objective: Objective, samples: Samples) -> Samples:
     """Evenly spaced samples, as many as scales need."""
     lengths = [int(np.prod(model.shapes.get(name, (1,)))) for name in objective.tensors]
-    each = max(sum(lengths) // max(model.batch, 1), 1)
+    each = max(sum(lengths) // max(1 if samples.whole else model.batch, 1), 1)
     most = int(np.clip(MAX_NUMBERS // each, MIN_SAMPLES, MAX_SAMPLES))
     count = min(samples.count, max(most, samples.fixed_batch or 1))
     return samples.take(np.linspace(0, samples.count - 1, count).round().astype(np.int64))

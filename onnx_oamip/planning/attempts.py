@@ -41,6 +41,8 @@ Losses of groups end at that of a lost output. Where a plan loses much, giving u
 """
 OTHERS = ("global", "uniform")
 """Those allocations."""
+GAIN = 0.9
+"""Loss of another allocation, over that of the program's plan, up to which it is taken; a smaller gain may be noise."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -166,14 +168,13 @@ def loses_much(ready: Prepared, chosen: Plan) -> bool:
 
 
 def _or_other_allocation(ready: Prepared, limit: allocation.Limits, first: Draft) -> Draft:
-    """The draft that loses least on samples that its refit did not use: of the program, or of another allocation."""
-    best = first
+    """The draft of the program, or of another allocation if that loses clearly less on samples that no refit used."""
+    others = []
     for name in OTHERS:
         settings = ready.settings.model_copy(update={"allocate": name})
-        other = _draft(replace(ready, settings=settings, ladder=None), limit, ())
-        if other.loss < best.loss:
-            best = other
-    if best is first:
+        others.append(_draft(replace(ready, settings=settings, ladder=None), limit, ()))
+    best = min(others, key=lambda other: other.loss)
+    if best.loss > GAIN * first.loss:
         return first
     # The program was solved all the same: its record, and files of its solution, belong to the run.
     best = replace(best, plan=replace(best.plan, programs=first.plan.programs))

@@ -494,12 +494,15 @@ def test_texts_are_fed_as_str(place: Path) -> None:
         ("T, 6", "T, 5", (20, 7, 6), 1),
         ("4, T, 6", "4, T, 5", (20, 7, 6), 4),
         ("4, T, 6", "4, T, 5", (20, 4, 7, 6), 1),
+        ("N, 6", "N, 5", (20, 7, 6), 7),
+        ("H, W, 6", "H, W, 5", (20, 7, 8, 6), 1),
+        ("4, 3, W, 6", "4, 3, W, 5", (20, 4, 3, 8, 6), 4),
     ],
 )
 def test_costs_are_those_of_a_sample(
     place: Path, dims: str, result: str, shape: tuple[int, ...], batch: int
 ) -> None:
-    """Whatever the leading axis of the input counts; a whole feed is one sample."""
+    """Whatever axis 0 of the input counts; a whole feed is one sample unless an axis is shown to be a batch."""
     text = f"(float[{dims}] x) => (float[{result}] y) <float[6,5] w> {{ y = MatMul(x, w) }}"
     model = load(build(text), place)
     samples = _load({"x": np.zeros(shape, np.float32)}, model)

@@ -150,7 +150,7 @@ class Model:
         inputs: Graph inputs.
         outputs: Graph outputs.
         bindings: Size of every symbolic dimension.
-        batch: Samples at these shapes, over which costs are divided; 1 where a feed is one sample.
+        batch: Samples at these shapes, over which costs are divided.
         path: File that the model was read from.
         sha256: Digest of the file.
         file_bytes: Size of the file with its external data.
