@@ -28,6 +28,7 @@ from onnx_oamip.core.progress import APPLY, PLAN, PREPARATION, PRUNE, Progress
 from onnx_oamip.core.records import (
     Budget,
     ContactSheet,
+    Plan,
     Recovery,
     Report,
     Verification,
@@ -573,7 +574,7 @@ def _finish(
             *result.pruned.notes,
             *notes,
             *_unbounded_loss(budget, verification),
-            *_one_sided_loss(ready, verification),
+            *_one_sided_loss(ready, result.plan, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
             *equivalence.few_samples(verification.samples),
             *verification.notes,
@@ -613,14 +614,14 @@ def _unbounded_loss(budget: Budget, verification: Verification) -> tuple[str, ..
     return (note,)
 
 
-def _one_sided_loss(ready: Context, verification: Verification) -> tuple[str, ...]:
+def _one_sided_loss(ready: Context, chosen: Plan, verification: Verification) -> tuple[str, ...]:
     """Notes and warnings for outputs that lose nearly everything while another one keeps much."""
     best = min(verification.outputs, key=lambda measure: measure.lost, default=None)
     if best is None or best.lost > MUCH:
         return ()
     notes = tuple(
         f"output '{measure.term}' loses nearly everything ({measure.lost:.1f} points: {measure.measure}), while "
-        f"'{best.term}' loses {best.lost:.1f} points; try {_other_plans(ready, measure.term)}"
+        f"'{best.term}' loses {best.lost:.1f} points; try {_other_plans(ready, chosen, measure.term)}"
         for measure in verification.outputs
         if measure.lost >= NEARLY_ALL
     )
@@ -629,9 +630,9 @@ def _one_sided_loss(ready: Context, verification: Verification) -> tuple[str, ..
     return notes
 
 
-def _other_plans(ready: Context, name: str) -> str:
+def _other_plans(ready: Context, chosen: Plan, name: str) -> str:
     """Settings by which a plan may keep more of one term."""
-    others = [way for way in ("global", "uniform") if way != ready.settings.allocate]
+    others = [way for way in ("global", "uniform") if way != chosen.allocation]
     ways = [*(f"`allocate={way}`" for way in others), "a larger budget"]
     term = next(term for term in ready.objective.judged if term.name == name)
     if term.kind != "exact":

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from onnx import ModelProto, numpy_helper
 from rich.console import Console
 
 from onnx_oamip import compare, prune
-from onnx_oamip.api import proof
+from onnx_oamip.api import pipeline, proof
 from onnx_oamip.artifacts import output, provenance
 from onnx_oamip.core.errors import (
     BudgetNotMet,
@@ -733,6 +734,16 @@ def test_output_that_loses_nearly_everything_beside_another_is_noted(
         assert f"while 'z' loses {lost['z']:.1f} points" in note
         assert "`allocate=global`, `allocate=uniform`, a larger budget" in note
         assert "`outputs=y=values:4`" in note
+
+
+@pytest.mark.parametrize("taken", ["mip", "global", "uniform"])
+def test_allocation_that_was_taken_is_not_proposed(taken: str) -> None:
+    term = SimpleNamespace(name="y", kind="values", weight=1.0)
+    ready = SimpleNamespace(objective=SimpleNamespace(judged=(term,)))
+    text = pipeline._other_plans(ready, SimpleNamespace(allocation=taken), "y")  # type: ignore[arg-type]
+    for name in ("global", "uniform"):
+        assert (f"`allocate={name}`" in text) == (name != taken)
+    assert "a larger budget or more weight for it, as by `outputs=y=values:4`" in text
 
 
 def test_pruned_file_can_be_pruned_again(task: Path) -> None:
