@@ -455,22 +455,29 @@ def at_data(model: Model, samples: Samples) -> Model:
         The model with the shapes of one sample.
 
     Raises:
-        DataError: A stated size is not that of the data. The leading dimension, which counts samples, may differ, and
-            every one of unequal samples.
+        DataError: A stated size is not that of the data. The dimension that counts samples may differ, and every one
+            of unequal samples.
     """
     sizes = samples.bindings(model)
     if samples.unequal:
         kept = {name: model.bindings[name] for name in sizes if name not in model.assumed}
         return _at_sizes(model, {**sizes, **kept}, samples)
-    leading = {symbol(port, 0) for port in model.inputs if port.dims}
+    counting = {
+        symbol(port, _sample_axis(samples.layouts[port.name])) for port in model.inputs if port.dims
+    }
     for name, size in sizes.items():
         stated = model.bindings[name]
-        if name not in model.assumed and name not in leading and stated != size:
+        if name not in model.assumed and name not in counting and stated != size:
             raise DataError(
                 f"`shape` states the length {stated} for '{name}', but {samples.source} has {size}; leave it out, or "
                 "give samples of that length."
             )
     return _at_sizes(model, sizes, samples)
+
+
+def _sample_axis(layout: Layout) -> int:
+    """Axis that counts samples in batches; axis 0 of whole feeds and of shared values, whose length is free as well."""
+    return (layout.axis or 0) if layout.kind == "batch" else 0
 
 
 def _at_sizes(model: Model, sizes: Mapping[str, int], samples: Samples) -> Model:

@@ -17,6 +17,7 @@ from onnx_oamip.data import batching, dataset, out_of_core
 from onnx_oamip.data.dataset import EVALUATION, Samples
 from onnx_oamip.data.unequal import UnequalArrays
 from onnx_oamip.graph import batch_symbols, cost
+from onnx_oamip.graph.loading import load as load_file
 from onnx_oamip.graph.loading import remade
 from onnx_oamip.graph.runtime import Session
 
@@ -251,6 +252,19 @@ def test_batch_behind_another_axis_is_shown_by_the_outputs(
     assert samples.fixed_batch is None
     assert not samples.notes
     assert np.array_equal(samples.feed(np.arange(3, 7))["x"], np.moveaxis(values[3:7], 0, 1))
+
+
+def test_stated_length_of_the_batch_may_differ_from_the_data(place: Path) -> None:
+    """That of the steps may not, although they stand on axis 0."""
+    text = TIME_MAJOR.format(dims="T, N, 6", result="N, 5")
+    path = place / "stated.onnx"
+    path.write_bytes(build(text).SerializeToString())
+    values = {"x": RNG.normal(size=(30, 9, 6)).astype(np.float32)}
+    model = load_file(path, stated={"N": (8,)})
+    assert dataset.at_data(model, _load(values, model)).shapes["x"] == (9, 1, 6)
+    model = load_file(path, stated={"T": (7,)})
+    with pytest.raises(DataError, match=r"states the length 7 for 'T', but .* has 9"):
+        dataset.at_data(model, _load(values, model))
 
 
 def test_layout_that_may_be_another_is_noted(place: Path) -> None:
