@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from onnx_oamip.api import proof
 from onnx_oamip.artifacts import cache, cache_entries, plan_files
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import DataError, GateFailed, OutputError
+from onnx_oamip.core.records import Coupling, Ints, Model
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.planning import latency_model
 from onnx_oamip.verification.latency import Ratio
@@ -79,21 +82,25 @@ def test_prune_is_score_plan_and_apply(task: Path, name: str) -> None:
         assert _stages(task, False) == (task / "a.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("budget", [{"latency": 0.9}])
-def test_latency_plan_is_applied(
-    task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _by_macs(
+    model: Model, coupling: Coupling, ladder: Sequence[Ints], _samples: Samples, **named: Any
+) -> latency_model.Measurement:
+    """Seconds that follow from the MACs, in place of measured ones."""
+    costs = cost.ledger(model, coupling)
+    widths = latency_model.level_widths(coupling, ladder, seed=named["seed"])
+    macs = [cost.Ledger.terms(costs.macs, costs.lengths(w)) for w in widths]
+    nodes = 1e-9 * np.asarray(macs, float)
+    return latency_model.Measurement(widths, 1e-6 + nodes.sum(axis=1), nodes)
+
+
+def test_latency_plan_is_applied(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_model, "measure", _by_macs)
     monkeypatch.setattr("onnx_oamip.planning.latency_search.latency_ratio", lambda *_, **__: 0.88)
-    measure = latency_model.interleave
-    monkeypatch.setattr(
-        latency_model,
-        "interleave",
-        lambda calls, seconds, *more: measure(calls, min(seconds, 0.5), *more),
-    )
     found = make_plan(
-        task / "model.onnx", task / "data.npz", task / "p.json", asked(macs=None, **budget)
+        task / "model.onnx", task / "data.npz", task / "p.json", asked(macs=None, latency=0.9)
     )
     report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    assert not found.plan.keep.all()
     np.testing.assert_array_equal(report.plan.keep, found.plan.keep)
     assert report.budget.latency == 0.9
 
