@@ -314,10 +314,13 @@ def load(
     if prefix == EVALUATION and not _has_parts(source):
         return None
     reading = reading or Reading()
+    has_columns = False
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         refuse_special(Path(name), "the data", DataError)
-        loaded = formats.find(name).read(name, model, reading)
+        entry = formats.find(name)
+        loaded = entry.read(name, model, reading)
+        has_columns = entry.has_columns
     else:
         with foreign_code("the data", DataError, feed_functions.ADVICE):
             named = in_memory.by_name(source, model, reading.most)
@@ -325,6 +328,8 @@ def load(
             loaded = Loaded(_native(named.samples), "the data")
         else:
             loaded = feed_functions.collect(named.samples, "the data", named.most)
+    if note := _unused_options(reading, loaded, has_columns):
+        loaded = replace(loaded, notes=(*loaded.notes, note))
     inputs = {port.name for port in model.inputs}
     held_out = {k for k in loaded.arrays if k.startswith(EVALUATION) and k not in inputs}
     if prefix == EVALUATION:
@@ -336,6 +341,23 @@ def load(
     calibration = {key: v for key, v in loaded.arrays.items() if key not in held_out}
     array_checks.check_names(calibration, model, loaded.where, held_out=held_out)
     return _samples(replace(loaded, arrays=calibration), model)
+
+
+def _unused_options(reading: Reading, loaded: Loaded, has_columns: bool) -> str:
+    """Note on options that were given and that the source has no use for, empty without any."""
+    usual = Reading()
+    of_images = {
+        f"image_{field}": getattr(reading, field) != getattr(usual, field)
+        for field in ("size", "fit", "scale", "mean", "std", "layout", "color")
+    }
+    unused = [name for name, is_given in of_images.items() if is_given and loaded.reading is None]
+    if reading.column is not None and not has_columns:
+        unused.append("column")
+    if not unused:
+        return ""
+    named = ", ".join(f"`{name}`" for name in unused)
+    verb = "has" if len(unused) == 1 else "have"
+    return f"{named} {verb} no effect on {loaded.where}: its arrays are fed as they are"
 
 
 def _has_parts(source: object) -> bool:

@@ -36,6 +36,7 @@ class Format:
         matches: Tests whether a source has this format, by its name, or by the content of a file or folder.
         read: Reads a source for a model.
         has_parts: True if the source may hold held-out samples under ``eval.`` names.
+        has_columns: True if the option ``column`` chooses among its columns.
         check_extra: Raises EnvironmentMissing if a package is missing; None if the format needs none.
     """
 
@@ -43,4 +44,5 @@ class Format:
     matches: Callable[[str], bool]
     read: Callable[[str, Model, Reading], Loaded]
     has_parts: bool = False
+    has_columns: bool = False
     check_extra: Callable[[str], None] | None = None

@@ -349,4 +349,4 @@ def _is_list(kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-FORMAT = Format("a .parquet file", matches, load, check_extra=check_extra)
+FORMAT = Format("a .parquet file", matches, load, has_columns=True, check_extra=check_extra)

@@ -273,6 +273,23 @@ def test_missing_module_is_refused(model: Model) -> None:
 # ------------------------------------------------------------------------------------------------- names and shapes
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"mean": (0.5,)}, "`image_mean` has no effect on the data"),
+        ({"size": (8, 8), "column": "x"}, "`image_size`, `column` have no effect on the data"),
+        ({"std": (1.0,), "most": 4}, None),
+    ],
+)
+def test_options_without_effect_on_arrays_are_noted(
+    model: Model, given: dict[str, Any], named: str | None
+) -> None:
+    samples = dataset.load({"x": IMAGES}, model, reading=Reading(**given))
+    assert samples is not None
+    expected = () if named is None else (f"{named}: its arrays are fed as they are",)
+    assert samples.notes == expected
+
+
 def test_names_must_match(model: Model, pair: Model) -> None:
     _refused(
         {"image": IMAGES}, model, "the data has arrays for image", "'x' (float32 [N, 3, 4, 4])"
