@@ -156,6 +156,8 @@ SMOOTH = [
     "com.microsoft.Attention",
     "com.microsoft.MultiHeadAttention",
     "Attention",
+    "com.microsoft.RotaryEmbedding",
+    "RotaryEmbedding",
 ]
 """Operators whose gradients are compared with finite differences."""
 

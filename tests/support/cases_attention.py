@@ -153,6 +153,20 @@ case(
     units=2,
     domains=_MS,
 )
+case(
+    "group-query-rotary",
+    _GQA,
+    f"""(float[2,4,5] x) => (float[2,4,3] y) <float[5,64] wq, float[5,32] wk, float[5,32] wv, float[64,3] wo,
+    int32[2] lens = {{3, 3}}, int32 total = {{4}}, float[4,8] c, float[4,8] s> {{
+        q = MatMul(x, wq)
+        k = MatMul(x, wk)
+        v = MatMul(x, wv)
+        h, pk, pv = {_GQA}<num_heads = 4, kv_num_heads = 2, do_rotary = 1>(q, k, v, , , lens, total, c, s)
+        y = MatMul(h, wo)
+    }}""",
+    units=2,
+    domains=_MS,
+)
 _STD = "Attention"
 separate("standard-attention", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)", 4)
 separate(
@@ -212,3 +226,79 @@ int64[4] a = {0, 0, 4, 2}, int64[4] b = {0, 0, 4, 3}, int64[3] c = {0, 0, 12}> {
     y = MatMul(r, wo)
 }"""
 case("standard-attention-four-axes", "Attention", _SPLIT, units=4, opset=23, ir=11)
+
+
+# ------------------------------------------------------------------------------------------------- rotated positions
+
+_ANGLES = "float[4,2] c = {1, 1, 0.5, 0.9, -0.4, 0.8, -0.9, 0.7}, float[4,2] s = {0, 0, 0.8, 0.1, 0.9, 0.2, 0.1, 0.3}"
+
+
+def rotary(
+    name: str,
+    ops: str,
+    body: str,
+    *,
+    constants: str = "",
+    units: int = 4,
+    pinned: str = "",
+    domains: dict[str, int] | None = None,
+) -> None:
+    """Queries and keys of four heads of four, rotated by their position in front of a fused attention."""
+    text = f"""(float[N,4,5] x) => (float[N,4,3] y) <float[5,16] wq, float[5,16] wk, float[5,16] wv, float[16,3] wo,
+    {_ANGLES}, int64[1,4] at = {{0, 1, 2, 3}}{constants}> {{
+        batch = Shape<start = 0, end = 1>(x)
+        four = Constant<value_ints = [4]>()
+        to = Concat<axis = 0>(batch, four)
+        p = Expand(at, to)
+        q = MatMul(x, wq)
+        k = MatMul(x, wk)
+        v = MatMul(x, wv)
+        {body}
+        y = MatMul(h, wo)
+    }}"""
+    newer = {} if domains else {"opset": 23, "ir": 11}
+    case(name, ops, text, units=units, pinned=pinned, domains=domains, **newer)
+
+
+_ROTARY = "RotaryEmbedding"
+_PLAIN = "h = Attention<q_num_heads = 4, kv_num_heads = 4>(qr, kr, v)"
+rotary(
+    "rotary-standard",
+    _ROTARY,
+    f"qr = {_ROTARY}<num_heads = 4>(q, c, s, p) kr = {_ROTARY}<num_heads = 4, interleaved = 1>(k, c, s, p) {_PLAIN}",
+)
+_SPLIT_HEADS = """q4 = Reshape(q, a)
+        k4 = Reshape(k, a)
+        v4 = Reshape(v, a)
+        qt = Transpose<perm = [0, 2, 1, 3]>(q4)
+        kt = Transpose<perm = [0, 2, 1, 3]>(k4)
+        vt = Transpose<perm = [0, 2, 1, 3]>(v4)"""
+rotary(
+    "rotary-four-axes",
+    _ROTARY,
+    f"""{_SPLIT_HEADS}
+        qr = {_ROTARY}(qt, c, s, p)
+        kr = {_ROTARY}<rotary_embedding_dim = 4, num_heads = 4>(kt, c, s, p)
+        ht = Attention(qr, kr, vt)
+        hh = Transpose<perm = [0, 2, 1, 3]>(ht)
+        h = Reshape(hh, b)""",
+    constants=", int64[4] a = {0, 0, 4, 4}, int64[3] b = {0, 0, 16}",
+)
+_MS_ROTARY = "com.microsoft.RotaryEmbedding"
+rotary(
+    "ms-rotary",
+    _MS_ROTARY,
+    f"""qr = {_MS_ROTARY}(q, p, c, s)
+        kr = {_MS_ROTARY}<interleaved = 1>(k, p, c, s)
+        h = {_MHA}<num_heads = 4>(qr, kr, v)""",
+    domains=_MS,
+)
+rotary(
+    "ms-rotary-part",
+    _MS_ROTARY,
+    f"""qr = {_MS_ROTARY}<num_heads = 2, rotary_embedding_dim = 4>(q, p, c, s)
+        kr = {_MS_ROTARY}<num_heads = 2, rotary_embedding_dim = 4>(k, p, c, s)
+        h = {_MHA}<num_heads = 2>(qr, kr, v)""",
+    units=2,
+    domains=_MS,
+)

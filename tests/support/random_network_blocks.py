@@ -500,6 +500,35 @@ class Sequences(Indexed):
             self.outputs("com.microsoft.GroupQueryAttention", inputs, 3, **attrs)[0], (t, 8 * heads)
         )
 
+    def block_rotary(self, x: Value) -> Value:
+        """Queries and keys, rotated by their positions, in front of an attention with as many key heads."""
+        t, _ = x.shape
+        heads, pairs = 1 + self.pick(3), 1 + self.pick(2)
+        width = 2 * pairs * heads
+        angles = np.outer(np.arange(t), 0.7 ** np.arange(pairs))
+        cosines, sines = (self.constant(f(angles), np.float32, "angles") for f in (np.cos, np.sin))
+        q, k, v = (self.projected(x, width) for _ in range(3))
+        attrs = {"interleaved": self.pick(2)}
+        if self.opset < 23 or self.pick(2):
+            first = self.constant([0], np.int64, "first")
+            turned = [
+                self.node(
+                    "com.microsoft.RotaryEmbedding", [y, first, cosines, sines], (t, width), **attrs
+                ).name
+                for y in (q, k)
+            ]
+        else:
+            attrs["num_heads"] = heads
+            positions = self.in_every_sample(x, np.arange(t))
+            turned = [
+                self.node(
+                    "RotaryEmbedding", [y, cosines, sines, positions], (t, width), **attrs
+                ).name
+                for y in (q, k)
+            ]
+        inputs = [*turned, v]
+        return self.node("com.microsoft.MultiHeadAttention", inputs, (t, width), num_heads=heads)
+
     def block_standard_attention(self, x: Value) -> Value:
         t, _ = x.shape
         groups, each, size, wide = (1 + self.pick(2) for _ in range(4))

@@ -375,6 +375,7 @@ TOKENS = {
     "packed_attention": 7,
     "multi_head": 7,
     "group_query": 10,
+    "rotary": 7,
     "standard_attention": 23,
     "rms_norm": 23,
     "rows": 12,

@@ -32,6 +32,7 @@ from onnx_oamip.graph.ops import (
     quantize,
     recurrent,
     reshape,
+    rotary,
     tabular,
 )
 from onnx_oamip.graph.ops.elementwise import clamp_bounds
@@ -57,6 +58,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     *einsum.SPECS,
     *recurrent.SPECS,
     *attention.SPECS,
+    *rotary.SPECS,
     *quantize.SPECS,
     *quantised_kernels.SPECS,
     *norm.SPECS,

@@ -36,7 +36,8 @@ LAYOUT = frozenset({"Reshape", "Transpose", "Identity"})
 """Operators that divide the queries of a layer into heads."""
 PROJECTIONS = frozenset({"MatMul", "Gemm"})
 """Layers that make queries."""
-ROTARY = ("do_rotary", "rotary_embedding_dim", "rotary_interleaved")
+ANGLES = (7, 8, 9)
+"""Inputs of GroupQueryAttention with the cosines and sines of rotated queries and keys, and their positions."""
 
 
 def _heads(labels: Labels, channels: Ints, units: Ints) -> None:
@@ -115,8 +116,6 @@ def _not_separate(node: Node, labels: Labels, form: _Form) -> str | None:
         return f"{node} reads a past state"
     if len(names) < 3:
         return f"{node} reads queries, keys and values packed in one tensor"
-    if any(node.attrs.get(name) for name in ROTARY):
-        return f"{node} rotates queries and keys"
     if not form.heads or not form.groups or form.heads % form.groups:
         return f"{node} has query heads that do not divide among its key heads"
     for name, count in zip(names, (form.heads, form.groups, form.groups), strict=True):
@@ -201,6 +200,9 @@ def _multi_head(node: Node, labels: Labels) -> None:
 def _group_query(node: Node, labels: Labels) -> None:
     heads = _count(node, "num_heads")
     groups = _count(node, "kv_num_heads")
+    for slot in ANGLES:
+        if name := operand(node, slot):
+            labels.pin_all(name, f"{node} takes angles or positions from it")
     _separate(node, labels, _Form(heads, groups, added=10, past=(3, 4)))
 
 
@@ -304,7 +306,7 @@ def _not_packed(
         return f"{node} takes its weights from a computation"
     if operand(node, 4) or operand(node, 6) or any(node.outputs[1:]):
         return f"{node} reads or gives out a past state"
-    if any(node.attrs.get(name) for name in ROTARY):
+    if node.attrs.get("do_rotary"):
         return f"{node} rotates queries and keys"
     if not heads or len(set(sizes)) > 1 or sizes[0] % heads:
         return f"{node} has values of another width than its queries"

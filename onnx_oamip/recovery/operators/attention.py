@@ -142,8 +142,74 @@ def _standard(
     return _merged(y) if is_flat else y
 
 
+def _rotated(call: Call, x: Tensor, cosines: Tensor, sines: Tensor, size: int) -> Tensor:
+    """Queries or keys, rotated within every head, pair by pair, by the angles of their positions.
+
+    Args:
+        call: The node.
+        x: (samples, heads, positions, values of a head), or (samples, positions, channels).
+        cosines: Of the angles (samples or 1, positions, pairs).
+        sines: Of the angles.
+        size: Values of a head, 0 where those of one head are rotated whole.
+
+    Returns:
+        A tensor of the shape of ``x``.
+    """
+    pairs = cosines.shape[-1]
+    is_flat = x.dim() == 3
+    if is_flat:
+        x = _heads(x, x.shape[2] // (size or 2 * pairs))
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    is_interleaved = bool(call.attr("interleaved", 0))
+    if is_interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
+    parts = (first * cosines - second * sines, second * cosines + first * sines)
+    joined = torch.stack(parts, -1).flatten(-2) if is_interleaved else torch.cat(parts, -1)
+    y = torch.cat((joined, rest), -1)
+    return _merged(y) if is_flat else y
+
+
+def _head_size(call: Call, x: Tensor) -> int:
+    """Values of a head of (samples, positions, channels) where the number of heads is given, else 0."""
+    heads = int(call.attr("num_heads", 0))
+    return x.shape[2] // heads if heads and x.dim() == 3 else 0
+
+
+def _rotary(
+    call: Call,
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    positions: Tensor | None = None,
+) -> Tensor:
+    if positions is not None:
+        cosines, sines = cosines[positions], sines[positions]
+    return _rotated(call, x, cosines, sines, _head_size(call, x))
+
+
+def _rotary_of_runtime(
+    call: Call,
+    x: Tensor,
+    positions: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+) -> Tensor:
+    if call.attr("is_packed_batching", 0):
+        raise UnsupportedForm("its samples are packed")
+    length = x.shape[-2] if x.dim() == 4 else x.shape[1]
+    if positions.numel() == 1:
+        # One number is the position of the first token.
+        positions = positions.reshape(1, 1) + torch.arange(length, device=x.device)
+    return _rotated(call, x, cosines[positions], sines[positions], _head_size(call, x))
+
+
 KERNELS = {
     ("com.microsoft", "Attention"): Kernel(_packed, trained=(1, 2)),
     ("com.microsoft", "MultiHeadAttention"): Kernel(_multi_head, trained=(3,)),
     ("", "Attention"): Kernel(_standard),
+    ("com.microsoft", "RotaryEmbedding"): Kernel(_rotary_of_runtime),
+    ("", "RotaryEmbedding"): Kernel(_rotary),
 }

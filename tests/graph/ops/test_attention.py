@@ -98,8 +98,8 @@ REFUSED = {
         "",
     ),
     "rotary": (
-        f"float[5,8] wq, float[5,8] wk, float[5,8] wv, float[4,1] c, float[4,1] s, {LENGTHS}",
-        f"{QKV} h, a, b = {GQA}<num_heads = 4, kv_num_heads = 2, do_rotary = 1>(q, k, v, , , lens, total, c, s) {END}",
+        "float[5,24] w, float[24] b, float[8,3] wo",
+        f"h = com.microsoft.Attention<num_heads = 4, do_rotary = 1>(x, w, b) {END}",
         "rotates queries",
     ),
     "uneven groups": (
