@@ -127,8 +127,10 @@ def block_ends(model: Model) -> list[str]:
         chosen[last] = None
     outputs = {port.name for port in model.outputs}
     order = {name: place for place, node in enumerate(model.nodes) for name in node.outputs}
-    kept = (n for n in chosen if n in order and n not in outputs and _is_floating(model, n))
-    return sorted(kept, key=lambda name: order[name])
+    inner = (name for name in chosen if name in order and name not in outputs)
+    # A single number, as an auxiliary loss, has no channels.
+    compared = (n for n in inner if _is_floating(model, n) and model.shapes.get(n) != ())
+    return sorted(compared, key=lambda name: order[name])
 
 
 def _is_join(model: Model, node: Node, computed: set[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -15,11 +16,18 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Bools, Coupling, Model, Objective, Recovery
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import augmentation
-from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.dataset import EVALUATION_PARTS, Samples
 from onnx_oamip.data.feeds import run_size
+from onnx_oamip.data.repeated import repeated
 from onnx_oamip.recovery import features, projections
-from onnx_oamip.recovery.judge import Best, Judge, is_lower
+from onnx_oamip.recovery.judge import FEWEST, Judge, is_lower
 from onnx_oamip.recovery.task import Task
+
+if TYPE_CHECKING:
+    from onnx_oamip.recovery.training import Trained
+
+MOST_REPEATED = 0.1
+"""Share of the judging samples that may equal samples of the training without a note."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +124,12 @@ def run(
     )
     trained = training.train(task, effort_of(settings.recover or DEFAULT_EFFORT))
     for feature in compared:
-        if feature.tensor not in trained.features:
+        if trained.weights and feature.tensor not in trained.features:
             features_left_out[feature.tensor] = "it is no part of what is trained"
     best = trained.best
     proto = unrecovered or pair.pruned.proto
     if trained.proto is None:
-        refusal = _refusal(best)
+        refusal = _refusal(trained)
     elif unrecovered is not None and final is not judge:
         refusal = _refusal_by_measure(final, trained.proto, unrecovered)
     else:
@@ -142,6 +150,7 @@ def run(
         ended=trained.ended,
         samples=samples.count,
         held_out=judged.count,
+        repeated=repeated(judged, samples),
         augment=chosen.description,
         device=torch_device,
         weights=len(trained.weights),
@@ -185,9 +194,23 @@ def _check_inputs_and_outputs(original: Model, objective: Objective) -> None:
         )
 
 
-def _refusal(best: Best) -> str:
-    """Clause about a training that did not lower the objective."""
-    before = float(best.start.mean())
+def _refusal(trained: Trained) -> str:
+    """Clause about a training that gave no model, or none with a lower objective."""
+    from onnx_oamip.recovery import training
+
+    start = trained.best.start
+    before = float(start.mean())
+    if not np.isfinite(before):
+        return "the held-out objective of the pruned model is no finite number"
+    if trained.ended == training.NOTHING:
+        return "it has no weights that torch can train"
+    if trained.ended == training.TOO_FEW:
+        return (
+            f"{start.size} held-out samples are too few to tell a gain from noise: {FEWEST} are needed, a fifth of "
+            f"{FEWEST * EVALUATION_PARTS}"
+        )
+    if trained.ended == training.DIVERGED:
+        return "its loss rose beyond all numbers"
     return f"the held-out objective ({before:.4g}) did not fall by more than noise"
 
 
@@ -227,7 +250,13 @@ def notes(recovery: Recovery, *, refitted: int | None = None) -> tuple[str, ...]
     if recovery.left_out:
         listed = "; ".join(recovery.left_out[:3])
         more = "; ..." if len(recovery.left_out) > 3 else ""
+        trained = "only a part" if recovery.weights else "nothing"
         found.append(
-            f"the recovery trained only a part of the model, as torch does not compute {listed}{more}"
+            f"the recovery trained {trained} of the model, as torch does not compute {listed}{more}"
+        )
+    if recovery.repeated > MOST_REPEATED * recovery.held_out:
+        found.append(
+            f"{recovery.repeated:,} of the {recovery.held_out:,} samples that judge the recovery equal samples that it "
+            "trains on, so that the gain on new samples may be smaller, or none"
         )
     return tuple(found)

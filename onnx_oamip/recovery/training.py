@@ -14,7 +14,7 @@ import torch
 
 from onnx_oamip.core.errors import EnvironmentMissing
 from onnx_oamip.core.options.recovery import Effort
-from onnx_oamip.recovery.judge import Best, written
+from onnx_oamip.recovery.judge import FEWEST, Best, written
 from onnx_oamip.recovery.selection import trained_part
 from onnx_oamip.recovery.steps import Diverged, Run
 from onnx_oamip.recovery.task import Task
@@ -27,6 +27,9 @@ LEAST_INTERVAL = 10
 """Fewest steps between two of them."""
 PATIENCE = 15
 """Evaluations without a better one after which training stops."""
+
+NOTHING, TOO_FEW, DIVERGED = "nothing to train", "too few samples", "diverged"
+"""Ends of a training that gave no model."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def train(task: Task, effort: Effort) -> Trained:
     best = Best(task.judge.losses(task.pruned.proto), PATIENCE)
     part, left_out = trained_part(task)
     if not part.weights or not part.tensors:
-        return Trained(None, best, 0, 0, 0, 0, 0.0, "nothing to train", (), (), left_out)
+        return _untrained(best, NOTHING, left_out)
+    if best.start.size < FEWEST:
+        return _untrained(best, TOO_FEW, left_out)
     run = Run(task, part)
     ended = _run_until_end(task, run, best, budget)
     proto = written(task.pruned.proto, best.weights) if best.is_better else None
@@ -118,6 +123,23 @@ def train(task: Task, effort: Effort) -> Trained:
     )
 
 
+def _untrained(best: Best, ended: str, left_out: tuple[str, ...]) -> Trained:
+    """Result without a step."""
+    return Trained(
+        proto=None,
+        best=best,
+        steps=0,
+        slowed=0,
+        batch=0,
+        held_bytes=0,
+        seconds=0.0,
+        ended=ended,
+        weights=(),
+        features=(),
+        left_out=left_out,
+    )
+
+
 def _run_until_end(task: Task, run: Run, best: Best, budget: _Budget) -> str:
     """Train until the budget or something else ends it; the reason."""
     judged = 0
@@ -125,18 +147,20 @@ def _run_until_end(task: Task, run: Run, best: Best, budget: _Budget) -> str:
         try:
             run.step(budget.progress)
         except Diverged:
-            return "diverged"
+            return DIVERGED
         budget.count()
         if task.progress is not None:
             task.progress(_stage(best), budget.done, budget.expected)
+        is_interrupted = task.stop is not None and task.stop()
         is_due = budget.progress * EVALUATIONS >= len(best.curve) + 1
-        if budget.is_over or (is_due and budget.done >= judged + LEAST_INTERVAL):
+        is_due &= budget.done >= judged + LEAST_INTERVAL
+        if budget.is_over or is_due or is_interrupted:
             judged = budget.done
             weights = run.averaged()
             best.offer(judged, task.judge.losses(written(task.pruned.proto, weights)), weights)
             if best.curve[-1][1] > WORSE * min(best.loss, float(best.start.mean())):
                 run.slow_down(best)
-        if task.stop is not None and task.stop():
+        if is_interrupted:
             return "interrupted"
         if budget.is_over:
             return "budget"

@@ -367,6 +367,7 @@ def _recovery(found: Recovery) -> Document:
         "ended": found.ended,
         "samples": found.samples,
         "held_out": found.held_out,
+        "repeated": found.repeated,
         "augment": found.augment,
         "device": found.device,
         "weights": found.weights,

@@ -40,6 +40,22 @@ def test_blocks_of_a_plain_chain_are_its_layers(tmp_path: Path) -> None:
     assert block_ends(load(build(text), tmp_path)) == ["b", "c"]
 
 
+def test_sum_of_single_numbers_ends_no_block(tmp_path: Path) -> None:
+    """An auxiliary loss has no channels to compare."""
+    text = """(float[N,4] x) => (float[N,2] y, float[] loss) <float[4,6] w, float[6,2] v, float two = {2}> {
+        h = MatMul(x, w)
+        r = Relu(h)
+        y = MatMul(r, v)
+        a = ReduceMean<keepdims = 0>(r)
+        b = ReduceMean<keepdims = 0>(y)
+        s = Add(a, b)
+        loss = Mul(s, two)
+    }"""
+    model = load(build(text), tmp_path)
+    assert model.shapes["s"] == ()
+    assert "s" not in block_ends(model)
+
+
 def test_feature_names_the_channels_that_were_kept(tmp_path: Path) -> None:
     text = """(float[N, 4] x) => (float[N, 3] y) <float[4, 6] w1, float[6, 3] w2> {
         a = MatMul(x, w1)

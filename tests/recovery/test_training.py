@@ -29,6 +29,7 @@ torch = pytest.importorskip("torch")
 from onnx_oamip.recovery import engine, losses, rates, steps, training  # noqa: E402
 from onnx_oamip.recovery import recover as recovery  # noqa: E402
 from onnx_oamip.recovery.judge import Judge  # noqa: E402
+from onnx_oamip.recovery.parts import Part  # noqa: E402
 from onnx_oamip.recovery.task import Task  # noqa: E402
 from onnx_oamip.recovery.training import Trained  # noqa: E402
 
@@ -194,7 +195,7 @@ def test_steps_of_few_samples_have_smaller_rates(
 
 def test_batch_holds_no_more_samples_than_there_are(case: Path) -> None:
     with np.load(case / "data.npz") as held:
-        data = {"x": held["x"][:20]}
+        data = {"x": held["x"][:36]}
     found = recover(case / "half.onnx", case / "model.onnx", data, settings(recover=1)).recovery
     assert found.batch == found.samples < rates.USUAL_BATCH
 
@@ -293,7 +294,50 @@ def test_stop_ends_training_with_the_best_so_far(case: Path) -> None:
         stop=stop,
     )
     assert (found.recovery.steps, found.recovery.ended) == (25, "interrupted")
+    assert found.recovery.curve[-1][0] == 25, "the last weights are judged"
     assert found.output is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 29])
+def test_too_few_samples_train_nothing(case: Path, count: int) -> None:
+    data = {"x": np.load(case / "data.npz")["x"][:count]}
+    found = recover(case / "half.onnx", case / "model.onnx", data, settings(), case / "few.onnx")
+    recovery = found.recovery
+    assert (recovery.steps, recovery.ended, recovery.accepted) == (0, "too few samples", False)
+    assert "too few to tell a gain from noise: 6 are needed, a fifth of 30" in recovery.refusal
+    assert "it is no part of what is trained" not in recovery.features_left_out.values()
+    old, new = stored(case / "half.onnx"), stored(case / "few.onnx")
+    assert all(np.array_equal(new[name], old[name]) for name in old)
+
+
+def test_samples_that_are_trained_on_and_judge_are_noted(case: Path) -> None:
+    rows = np.load(case / "data.npz")["x"][:16]
+    for copies, repeated in ((1, 0), (10, 32)):
+        data = {"x": np.tile(rows, (copies, 1)) if copies > 1 else np.load(case / "data.npz")["x"]}
+        found = recover(case / "half.onnx", case / "model.onnx", data, settings(recover=2))
+        assert found.recovery.repeated == repeated
+        noted = [note for note in found.notes if "equal samples that it trains on" in note]
+        assert len(noted) == (repeated > 0)
+
+
+def _diverged(*_: object) -> None:
+    raise steps.Diverged
+
+
+def test_refusal_gives_the_reason(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = (case / "half.onnx", case / "model.onnx", case / "data.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Run, "step", _diverged)
+        assert recover(*paths, settings()).recovery.refusal == "its loss rose beyond all numbers"
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "losses", lambda *_: np.full(48, np.nan))
+        found = recover(*paths, settings(recover=2)).recovery
+        assert found.refusal == "the held-out objective of the pruned model is no finite number"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "trained_part", lambda _: (Part((), (), ()), ("Loop 'loop'",)))
+        found = recover(*paths, settings(recover=2))
+        assert found.recovery.refusal == "it has no weights that torch can train"
+        assert any("trained nothing of the model" in note for note in found.notes)
 
 
 def test_weights_that_were_judged_do_not_change_later(

@@ -143,9 +143,11 @@ class Recovery:
         batch: Samples of one step.
         held_bytes: Bytes of answers of the original that were held to be used again; 0 where all were computed anew.
         seconds: Time of the training.
-        ended: Why it ended: ``budget``, ``no improvement``, ``interrupted``, ``diverged`` or ``nothing to train``.
+        ended: Why it ended: ``budget``, ``no improvement``, ``interrupted``, ``diverged``, ``nothing to train`` or
+            ``too few samples``.
         samples: Samples trained on.
         held_out: Samples judged on.
+        repeated: Samples among those judged on that are equal to samples trained on.
         augment: Changes of the samples, by input.
         device: Device of torch.
         weights: Number of initialisers that were trained.
@@ -180,6 +182,7 @@ class Recovery:
     outputs: tuple[Measure, ...] = ()
     refusal: str = ""
     features_left_out: Mapping[str, str] = field(default_factory=dict)
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
