@@ -2,8 +2,9 @@
 
 ``images`` (3 channels, or 1 in a square, read by a layer with weights): a random part resized to the whole, mirrored,
 with other brightness and contrast, and put together from parts of four unless they are small. ``audio`` (one long
-axis): gain, shift and noise. ``tokens`` (whole numbers along one axis): some are replaced by others of the data, and
-the end is hidden where an input is a mask. Other inputs, such as tables, are left as they are.
+axis): gain, shift and noise. ``tokens`` (whole numbers along one axis, all looked up in the same table): some are
+replaced by others of the data, and the end is hidden where an input is a mask. Other inputs, such as tables, are left
+as they are.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.foreign_code import described, foreign_code
 from onnx_oamip.core.records import Array, Floats, Model, Node
-from onnx_oamip.graph.ops import consumers_by_tensor, lookup
+from onnx_oamip.graph.ops import Trait, consumers_by_tensor, has, lookup
+from onnx_oamip.graph.ops.kinds import INDICES, PICKS
 
 Feed: TypeAlias = Mapping[str, Array]
 Augment: TypeAlias = Callable[[Feed, np.random.Generator], dict[str, Array]]
@@ -46,22 +48,18 @@ REPLACED = 0.1
 """Share of tokens that are replaced."""
 
 
-def kinds(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, InputKind]:
+def kinds(model: Model, feed: Feed) -> dict[str, InputKind]:
     """Find the kind of every input.
 
     Args:
         model: The model.
-        shapes: Shapes of one feed by input.
+        feed: A feed of several samples, if there are several of one shape.
 
     Returns:
         The kind by name of the input.
     """
-    weighted = weighted_inputs(model)
-    found: dict[str, InputKind] = {}
-    for port in model.inputs:
-        kind = _kind(port.name, port.dtype, shapes[port.name])
-        found[port.name] = "other" if kind == "images" and port.name not in weighted else kind
-    return found
+    readers = consumers_by_tensor(model)
+    return {port.name: _kind(port.name, feed[port.name], readers, model) for port in model.inputs}
 
 
 def weighted_inputs(model: Model) -> list[str]:
@@ -86,6 +84,8 @@ def _is_weighted(name: str, readers: Mapping[str, Sequence[Node]], model: Model)
     while pending:
         tensor = pending.pop()
         for node in readers.get(tensor, ()):
+            if _is_index(tensor, node):
+                continue  # what is looked up does not depend on the size of the numbers
             spec = lookup(node.domain, node.op, node.version)
             if spec is None or spec.cost is None:
                 pending += [output for output in node.outputs if output not in seen]
@@ -100,14 +100,104 @@ def _has_weight(node: Node, model: Model) -> bool:
     return any(name in model.constants and len(model.shapes[name]) > 1 for name in node.inputs[1:])
 
 
-def _kind(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> InputKind:
-    if dtype.kind == "f" and len(shape) == 4 and _channel_axis(shape) is not None:
-        return "images"
-    if dtype.kind == "f" and len(shape) in (2, 3) and shape[-1] >= LEAST_WAVE:
+def _is_index(tensor: str, node: Node) -> bool:
+    """Tests for a tensor whose numbers a node takes for places, in a table or on a new axis."""
+    slot = INDICES.get(node.op)
+    return slot is not None and tensor in node.inputs[slot : slot + 1]
+
+
+def _kind(
+    name: str, values: Array, readers: Mapping[str, Sequence[Node]], model: Model
+) -> InputKind:
+    dtype, shape = values.dtype, values.shape
+    is_float = dtype.kind == "f"
+    if (is_float or dtype == np.uint8) and len(shape) == 4 and _channel_axis(shape) is not None:
+        return "images" if _is_weighted(name, readers, model) else "other"
+    if is_float and len(shape) in (2, 3) and shape[-1] >= LEAST_WAVE:
         return "audio" if len(shape) == 2 or shape[1] <= 2 else "other"
     if dtype.kind in "iub" and len(shape) == 2 and shape[1] > 1:
-        return "mask" if "mask" in name else "tokens"
+        return _kind_of_row(name, values, readers, model)
     return "other"
+
+
+def _kind_of_row(
+    name: str, values: Array, readers: Mapping[str, Sequence[Node]], model: Model
+) -> InputKind:
+    """Kind of an input that has whole numbers or truth values along one axis (samples, positions)."""
+    is_looked_up = _is_looked_up(name, readers, model)
+    is_binary = bool(((values == 0) | (values == 1)).all())
+    if is_looked_up and not is_binary:
+        return "tokens" if _is_sequence(values) else "other"
+    is_mask = "mask" in name or (is_binary and not is_looked_up and _is_padding(values))
+    return "mask" if is_mask else "other"
+
+
+def _is_looked_up(name: str, readers: Mapping[str, Sequence[Node]], model: Model) -> bool:
+    """Tests for an input whose positions are all looked up in the same table, or tables.
+
+    A table with one vocabulary for each of its columns is taken apart first.
+    """
+    whole = _tables(name, readers, model, in_parts=False)
+    return bool(whole) and _tables(name, readers, model, in_parts=True) == whole
+
+
+def _tables(
+    name: str,
+    readers: Mapping[str, Sequence[Node]],
+    model: Model,
+    *,
+    in_parts: bool,
+) -> set[str]:
+    """Constants in which an input is looked up as a whole, and those for a part of its positions if asked for."""
+    tables = set()
+    pending = [name]
+    seen = {name}
+    while pending:
+        tensor = pending.pop()
+        for node in readers.get(tensor, ()):
+            if _is_index(tensor, node):
+                if node.inputs[0] in model.constants:
+                    tables.add(model.source(node.inputs[0]))
+                continue
+            is_picked = node.op in PICKS and node.inputs[0] == tensor
+            if (is_picked and in_parts) or _treats_alike(node, tensor, seen, model):
+                pending += [output for output in node.outputs if output not in seen]
+                seen.update(node.outputs)
+    return tables
+
+
+def _treats_alike(node: Node, tensor: str, followed: Collection[str], model: Model) -> bool:
+    """Tests for a node that does the same to all elements of a tensor, which only meets single constants."""
+    if has(node, Trait.MOVES):
+        return node.inputs[0] == tensor
+    return has(node, Trait.ELEMENTWISE) and all(
+        not name
+        or name in followed
+        or (name in model.constants and model.constants[name].size == 1)
+        for name in node.inputs
+    )
+
+
+def _is_sequence(ids: Array) -> bool:
+    """Tests for values of a vocabulary (samples, positions): they vary, occur at several positions, and do not count.
+
+    Two values are no vocabulary. A single sample does not show whether its values vary.
+    """
+    distinct = len(np.unique(ids))
+    steps = np.diff(ids.astype(np.int64), axis=1)
+    is_counting = 2 * np.count_nonzero(steps == 1) > np.count_nonzero(steps)
+    if distinct <= 2 or is_counting:
+        return False
+    if len(ids) == 1:
+        return True
+    changes = np.diff(np.sort(ids, axis=0), axis=0)
+    distinct_by_position = ids.shape[1] + np.count_nonzero(changes)
+    return bool(distinct_by_position > max(distinct, ids.shape[1]))
+
+
+def _is_padding(marks: Array) -> bool:
+    """Tests for marks (samples, positions) of the tokens in front of a padding."""
+    return bool(marks[:, 0].all() and (marks[:, 1:] <= marks[:, :-1]).all())
 
 
 def _channel_axis(shape: tuple[int, ...]) -> int | None:
@@ -192,6 +282,8 @@ def images(batch: Array, rng: np.random.Generator) -> Array:
     if not is_small:
         result = pieced(result, rng)
     result = np.clip(result, low, high)
+    if batch.dtype.kind != "f":
+        result = np.rint(result)
     if axis != 1:
         result = np.moveaxis(result, 1, 3)
     return np.ascontiguousarray(result.astype(batch.dtype))
@@ -270,14 +362,15 @@ def _change_tokens(
     for name in masks:
         mask = feed[name].copy()
         for row in mask:
-            used = int(np.count_nonzero(row))
+            shown = np.flatnonzero(row)
+            used = len(shown)
             if used > 1:
-                row[int(rng.integers((used + 1) // 2, used + 1)) :] = 0
+                row[shown[int(rng.integers((used + 1) // 2, used + 1)) :]] = 0
         feed[name] = mask
     for name, kind in found.items():
-        ids = feed[name]
-        if kind != "tokens" or len(np.unique(ids)) <= 2:  # two values are no vocabulary
+        if kind != "tokens":
             continue
+        ids = feed[name]
         replaced = rng.random(ids.shape) < REPLACED
         for mask_name in masks:
             if feed[mask_name].shape == ids.shape:
@@ -334,7 +427,7 @@ def choose(setting: str, model: Model, feed: Feed) -> Chosen:
     Args:
         setting: ``none``, ``auto`` or ``module:function``.
         model: The original.
-        feed: One feed of the samples.
+        feed: A feed of several samples, which show the kinds of inputs.
 
     Returns:
         The function, None where nothing is changed.
@@ -346,7 +439,7 @@ def choose(setting: str, model: Model, feed: Feed) -> Chosen:
         return Chosen(None, "none")
     if setting != "auto":
         return Chosen(_of_user(setting), setting)
-    found = kinds(model, {name: value.shape for name, value in feed.items()})
+    found = kinds(model, feed)
     changed = {name: kind for name, kind in found.items() if kind not in ("other", "mask")}
     if not changed:
         return Chosen(None, "none")
@@ -360,7 +453,7 @@ def for_training(setting: str, model: Model, feed: Feed) -> Chosen:
     Args:
         setting: ``none``, ``auto`` or ``module:function``.
         model: The original.
-        feed: One feed of the samples.
+        feed: A feed of several samples, which show the kinds of inputs.
 
     Returns:
         As for :func:`choose`. With ``auto``, images that are at least ``SMALL_SIDE`` high and wide are only mirrored in
@@ -393,7 +486,7 @@ def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
     Args:
         setting: ``none``, ``auto`` or ``module:function``.
         model: The original.
-        feed: One feed of the samples.
+        feed: A feed of several samples, which show the kinds of inputs.
 
     Returns:
         The function. None where nothing is changed, and with ``auto`` without images among the inputs that are at
@@ -409,10 +502,8 @@ def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
 
 def _large_images(model: Model, feed: Feed) -> list[str]:
     """Inputs with images that are at least ``SMALL_SIDE`` high and wide."""
-    shapes = {name: value.shape for name, value in feed.items()}
-    found = kinds(model, shapes)
-    images_found = [name for name, kind in found.items() if kind == "images"]
-    return [name for name in images_found if min(_sides(shapes[name])) >= SMALL_SIDE]
+    images_found = [name for name, kind in kinds(model, feed).items() if kind == "images"]
+    return [name for name in images_found if min(_sides(feed[name].shape)) >= SMALL_SIDE]
 
 
 def _of_user(setting: str) -> Augment:

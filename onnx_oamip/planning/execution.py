@@ -20,6 +20,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import augmentation
 from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import run_size
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.surgery import attention_scale, branch_constants, rewrite
@@ -237,8 +238,10 @@ class _LeastSquares:
         """Changes behind the augmented copies of the samples; None where no refit takes copies into account."""
         if not self._short:
             return None
-        feed = next(iter(self._fitted.batches(1)))[1]
-        return augmentation.for_refit(self.ready.settings.augment, self.ready.model, feed)
+        model, settings = self.ready.model, self.ready.settings
+        size = run_size(model, settings.activation_memory_limit)
+        first = next(self._fitted.batches(size))[1]
+        return augmentation.for_refit(settings.augment, model, first)
 
     def _fit(self, name: str, samples: Samples) -> Pruned:
         """A refit by its name, from the cache where an earlier run kept it.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
 
 from onnx_oamip.core.errors import SettingsError
@@ -97,8 +96,9 @@ def run(
     with imports_of("recover", "recovery"):
         from onnx_oamip.recovery import training
 
-    chosen = augmentation.for_training(settings.augment, pair.original, samples.feed(np.arange(1)))
     size = run_size(pair.original, settings.activation_memory_limit)
+    first = next(samples.batches(size))[1]
+    chosen = augmentation.for_training(settings.augment, pair.original, first)
     judge = Judge(pair.original, objective, judged, device=device, batch_size=size)
     final = judge
     if measured is not None and measured is not judged:

@@ -30,8 +30,9 @@ def model(folder: Path, inputs: str) -> Model:
         ("float[N, 1, 80, 300] x", (4, 1, 80, 300), "other"),
         ("float[N, 16000] x", (4, 16000), "audio"),
         ("float[N, 1, 16000] x", (4, 1, 16000), "audio"),
-        ("int64[N, 12] x", (4, 12), "tokens"),
-        ("int64[N, 12] attention_mask", (4, 12), "mask"),
+        ("uint8[N, 32, 48, 3] x", (4, 32, 48, 3), "images"),
+        ("uint8[N, 3, 32, 48] x", (4, 3, 32, 48), "images"),
+        ("int64[N, 3, 32, 48] x", (4, 3, 32, 48), "other"),
         ("float[N, 12] x", (4, 12), "other"),
     ],
 )
@@ -39,8 +40,9 @@ def test_kind_of_an_input_follows_from_type_and_shape(
     declared: str, shape: tuple[int, ...], kind: str, tmp_path: Path
 ) -> None:
     loaded = model(tmp_path, declared)
-    name = loaded.inputs[0].name
-    assert augmentation.kinds(loaded, {name: shape}) == {name: kind}
+    port = loaded.inputs[0]
+    feed = {port.name: np.zeros(shape, port.dtype)}
+    assert augmentation.kinds(loaded, feed) == {port.name: kind}
 
 
 @pytest.mark.parametrize(
@@ -58,8 +60,17 @@ def test_kind_of_an_input_follows_from_type_and_shape(
 def test_only_inputs_that_a_layer_reads_are_images(body: str, kind: str, tmp_path: Path) -> None:
     inputs = "float[N, 3, 8, 8] x, float[N, 3, 8, 8] q"
     loaded = load(build(f"({inputs}) => (float[] y) <float[3,3,1,1] w> {{ {body} }}"), tmp_path)
-    shapes = {"x": (4, 3, 8, 8), "q": (4, 3, 8, 8)}
-    assert augmentation.kinds(loaded, shapes) == {"x": kind, "q": "other"}
+    feed = {name: np.zeros((4, 3, 8, 8), np.float32) for name in "xq"}
+    assert augmentation.kinds(loaded, feed) == {"x": kind, "q": "other"}
+
+
+@pytest.mark.parametrize("body", ["e = Gather(w, i)", "e = OneHot(i, depth, ends)"])
+def test_maps_of_classes_are_no_images(body: str, tmp_path: Path) -> None:
+    text = f"""(uint8[N,1,8,8] x) => (float[] y)
+        <float[5,4] w, float[4,2] v, int64 depth = {{4}}, float[2] ends = {{0, 1}}> {{
+        i = Cast<to = 7>(x) {body} y = MatMul(e, v) }}"""
+    feed = {"x": np.zeros((4, 1, 8, 8), np.uint8)}
+    assert augmentation.kinds(load(build(text), tmp_path), feed) == {"x": "other"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,16 @@ def test_images_change_within_their_range(shape: tuple[int, ...], changed_share:
     moved = [np.abs(a - b).max() > 0.1 for a, b in zip(changed, batch, strict=True)]
     assert np.mean(moved) == changed_share
     assert np.array_equal(changed, again)
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 20, 24), (8, 96, 100, 3)], ids=["nchw", "nhwc"])
+def test_images_of_whole_numbers_are_rounded(shape: tuple[int, ...]) -> None:
+    batch = np.random.default_rng(0).integers(5, 250, shape).astype(np.uint8)
+    changed = augmentation.images(batch, np.random.default_rng(1))
+    exact = augmentation.images(batch.astype(np.float32), np.random.default_rng(1))
+    assert (changed.shape, changed.dtype) == (shape, np.uint8)
+    assert np.array_equal(changed, np.rint(exact))
+    assert (changed != batch).any()
 
 
 def test_pieced_images_are_parts_of_four_that_meet_near_the_centre() -> None:
@@ -191,6 +212,112 @@ def test_tokens_are_replaced_by_tokens_of_the_data_where_the_mask_shows_them() -
     assert lengths.min() >= 6
     assert lengths.max() <= 12
     assert len(set(lengths.tolist())) > 1
+
+
+LOOKUPS = {
+    "whole": "i = Unsqueeze(x, last) j = Cast<to = 7>(i) e = Gather(w, j)",
+    "negative from the end": """less = Less(x, zero) around = Add(x, length) i = Where(less, around, x)
+        e = Gather(w, i)""",
+    "whole and shifted": "e = Gather(w, x) s = Slice(x, one, nine, one) f = Gather(w, s)",
+    "computed positions": """p = Cast<to = 7>(x) q = CumSum(p, one) f = Gather(v, q) e = Gather(w, x)""",
+    "column by column": """a = Gather<axis = 1>(x, zero) b = Gather<axis = 1>(x, one)
+        e = Gather(w, a) f = Gather(v, b)""",
+    "split columns": "a, b = Split<axis = 1>(x, three) e = Gather(w, a) f = Gather(v, b)",
+    "with offsets of columns": "i = Add(x, offsets) e = Gather(w, i)",
+    "whole and a column of another table": """e = Gather(w, x) b = Gather<axis = 1>(x, one)
+        f = Gather(v, b)""",
+    "not looked up": "e = Cast<to = 1>(x)",
+}
+"""Nodes behind an input x (4, 6) of whole numbers that end in e."""
+CONSTANTS = """float[100,8] w, float[100,8] v, int64 zero = {0}, int64[1] one = {1}, int64[1] nine = {9},
+    int64[1] last = {-1}, int64[2] three = {3, 3}, int64 length = {100}, int64[6] offsets = {0, 1, 2, 3, 4, 5}"""
+
+
+@pytest.mark.parametrize(
+    ("lookups", "expected"),
+    [
+        *((name, "x: tokens") for name in list(LOOKUPS)[:4]),
+        *((name, "none") for name in list(LOOKUPS)[4:]),
+    ],
+)
+def test_tokens_are_looked_up_in_one_table_at_all_positions(
+    lookups: str, expected: str, tmp_path: Path
+) -> None:
+    body = LOOKUPS[lookups]
+    outputs = "float[] e, float[] f" if " f = " in body else "float[] e"
+    text = f"(int64[N,6] x) => ({outputs}) <{CONSTANTS}> {{ {body} }}"
+    feed = {"x": np.random.default_rng(0).integers(0, 20, (16, 6))}
+    found = augmentation.choose("auto", load(build(text), tmp_path), feed)
+    assert found.description == expected
+
+
+def _padded(lengths: tuple[int, ...], *, left: bool = False) -> Array:
+    """Rows of ones, of so many of twelve places."""
+    mask = np.arange(12) < np.array(lengths)[:, None]
+    return mask[:, ::-1] if left else mask
+
+
+WORDS = np.random.default_rng(0).integers(0, 50, (4, 12))
+PLACES = np.tile(np.arange(12), (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kind"),
+    [
+        ("ids", WORDS, "tokens"),
+        ("ids", WORDS[:1], "tokens"),
+        ("ids", np.tile(WORDS[:1], (4, 1)), "other"),
+        ("ids", WORDS % 4 + 4 * np.arange(12), "other"),
+        ("ids", PLACES, "other"),
+        ("ids", PLACES[:1], "other"),
+        ("ids", np.where(_padded((12, 9, 5, 2)), PLACES + 2, 1), "other"),
+        ("ids", WORDS % 2, "other"),
+        ("x", WORDS, "other"),
+        ("x", WORDS % 2, "other"),
+        ("x", WORDS % 2 == 1, "other"),
+        ("x", _padded((12, 9, 5, 2)), "mask"),
+        ("x", _padded((12, 9, 5, 2)).astype(np.int64), "mask"),
+        ("x", _padded((9, 5), left=True), "other"),
+        ("mask", _padded((9, 5), left=True), "mask"),
+    ],
+    ids=[
+        "words",
+        "words of one sample",
+        "equal in all samples",
+        "values of their own at every position",
+        "positions",
+        "positions of one sample",
+        "positions of padded samples",
+        "segments",
+        "table",
+        "table of zeros and ones",
+        "table of truth values",
+        "padding",
+        "padding as whole numbers",
+        "padding on the left, without a name",
+        "padding on the left",
+    ],
+)
+def test_kind_of_whole_numbers_follows_from_their_values(
+    name: str, values: Array, kind: str, tmp_path: Path
+) -> None:
+    declared = "bool" if values.dtype == bool else "int64"
+    body = "y = Gather(w, ids)" if name == "ids" else f"f = Cast<to = 1>({name}) y = MatMul(f, w)"
+    text = f"({declared}[N,12] {name}) => (float[] y) <float[12,2] w> {{ {body} }}"
+    assert augmentation.kinds(load(build(text), tmp_path), {name: values}) == {name: kind}
+
+
+def test_masks_hide_the_last_of_the_tokens_that_they_show() -> None:
+    mask = _padded((12, 8, 5, 1), left=True).astype(np.int64)
+    change = augmentation.automatic({"ids": "tokens", "mask": "mask"})
+    found = change({"ids": WORDS, "mask": mask}, np.random.default_rng(3))["mask"]
+    assert (found <= mask).all()
+    for before, after in zip(mask, found, strict=True):
+        shown = np.flatnonzero(before)
+        left = np.flatnonzero(after)
+        assert len(shown) <= 2 * len(left)
+        assert np.array_equal(left, shown[: len(left)])
+    assert (found.sum(axis=1) < mask.sum(axis=1)).any()
 
 
 def test_tables_stay_as_they_are(tmp_path: Path) -> None:

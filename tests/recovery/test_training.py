@@ -249,6 +249,26 @@ def test_large_images_are_trained_on_whole(tmp_path: Path, monkeypatch: pytest.M
     assert mirrored
 
 
+def test_samples_of_tables_and_constant_sequences_are_not_changed(tmp_path: Path) -> None:
+    text = """(int64[N, 2] x, int64[N, 5] z) => (float[N, 4] y)
+    <float[3, 8] e, float[90, 8] f, float[9, 8] g, int64 zero = {0}, int64 one = {1}, int64[1] axis = {1},
+        float[8, 24] w1, float[24, 4] w2> {
+        a = Gather<axis = 1>(x, zero) b = Gather<axis = 1>(x, one)
+        p = Gather(e, a) q = Gather(f, b)
+        s = Gather(g, z) m = ReduceMean<axes = [1], keepdims = 0>(s)
+        h = Sum(p, q, m) c = MatMul(h, w1) r = Relu(c) y = MatMul(r, w2)
+    }"""
+    onnx.save_model(build(text), tmp_path / "model.onnx")
+    rng = np.random.default_rng(0)
+    data = {
+        "x": np.stack([rng.integers(0, 3, 200), rng.integers(0, 90, 200)], axis=1),
+        "z": np.tile([3, 1, 3, 8, 1], (200, 1)),
+    }
+    prune(tmp_path / "model.onnx", data, tmp_path / "half.onnx", BARE)
+    found = recover(tmp_path / "half.onnx", tmp_path / "model.onnx", data, settings(recover=3))
+    assert found.recovery.augment == "none"
+
+
 def test_rate_rises_from_a_small_share_and_falls_to_zero() -> None:
     shares = [rates.share(progress) for progress in np.linspace(0, 1, 101)]
     peak = int(np.argmax(shares))

@@ -40,6 +40,10 @@ NOT_FOLDED = (
 
 Quantised weights stay codes, random numbers are drawn at every run, and an initialiser cannot hold a sequence.
 """
+INDICES = {"Gather": 1, "GatherBlockQuantized": 1, "OneHot": 0}
+"""Operators that read an input as indices, and its slot. A first input in another slot is the table of the values."""
+PICKS = frozenset({"Gather", "Slice", "Split"})
+"""Take some places of their first input."""
 INTEGER_PRODUCTS = {"ConvInteger": 4, "MatMulInteger": 4, "QLinearConv": 8, "QLinearMatMul": 8}
 """Products of codes, with the number of inputs up to the last zero point."""
 CONVOLUTION = "Conv"
