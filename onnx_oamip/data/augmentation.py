@@ -526,12 +526,30 @@ def _of_user(setting: str) -> Augment:
             f"`augment={setting}`", DataError, "it is to return a feed like the one it is given"
         ):
             found = {name: np.asarray(value) for name, value in dict(function(feed, rng)).items()}
-        for name, value in feed.items():
-            if name not in found or found[name].shape != value.shape:
-                got = found[name].shape if name in found else "nothing"
-                raise DataError(
-                    f"`augment={setting}` returned {got} for '{name}'; expected the shape {value.shape}."
-                )
-        return {name: found[name].astype(value.dtype) for name, value in feed.items()}
+        return {
+            name: _checked(name, found.get(name), value, setting) for name, value in feed.items()
+        }
 
     return augment
+
+
+def _checked(name: str, found: Array | None, given: Array, setting: str) -> Array:
+    """The array that a user's function returned for an input, in the type of the given one.
+
+    Raises DataError where there is none, or one of another shape, of no numbers, or with values that are not finite.
+    """
+    start = f"`augment={setting}` returned"
+    if found is None or found.shape != given.shape:
+        got = "nothing" if found is None else found.shape
+        raise DataError(f"{start} {got} for '{name}'; expected the shape {given.shape}.")
+    if given.dtype == object:
+        return found.astype(object)
+    if found.dtype.kind not in "biuf" and found.dtype != given.dtype:
+        raise DataError(f"{start} the type {found.dtype} for '{name}'; expected {given.dtype}.")
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = found.astype(given.dtype)
+    if not (np.isfinite(found).all() and np.isfinite(result).all()):
+        raise DataError(
+            f"{start} NaN or infinite values for '{name}'; expected finite {given.dtype}."
+        )
+    return result

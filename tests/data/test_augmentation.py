@@ -344,6 +344,9 @@ def test_function_of_the_user_is_checked(tmp_path: Path, monkeypatch: pytest.Mon
         "def double(feed, rng):\n    return {k: 2 * v for k, v in feed.items()}\n"
         "def cut(feed, rng):\n    return {k: v[:, 1:] for k, v in feed.items()}\n"
         "def fail(feed, rng):\n    raise RuntimeError('broken')\n"
+        "def text(feed, rng):\n    return {k: v.astype(str) for k, v in feed.items()}\n"
+        "def undefined(feed, rng):\n    return {k: v * float('nan') for k, v in feed.items()}\n"
+        "def large(feed, rng):\n    return {k: v.astype('f8') * 1e39 for k, v in feed.items()}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     loaded = model(tmp_path, "float[N, 12] x")
@@ -352,7 +355,13 @@ def test_function_of_the_user_is_checked(tmp_path: Path, monkeypatch: pytest.Mon
     double = augmentation.choose("own_changes:double", loaded, fed).function
     assert double is not None
     assert double(fed, rng)["x"].tolist() == [[2.0] * 12] * 2
-    for name, message in (("cut", r"returned \(2, 11\) for 'x'"), ("fail", "RuntimeError: broken")):
+    for name, message in (
+        ("cut", r"returned \(2, 11\) for 'x'"),
+        ("fail", "RuntimeError: broken"),
+        ("text", r"`augment=own_changes:text` returned the type <U\d+ for 'x'; expected float32"),
+        ("undefined", "`augment=own_changes:undefined` returned NaN or infinite values for 'x'"),
+        ("large", "`augment=own_changes:large` returned NaN or infinite values for 'x'"),
+    ):
         function = augmentation.choose(f"own_changes:{name}", loaded, fed).function
         assert function is not None
         with pytest.raises(DataError, match=message):
