@@ -52,19 +52,39 @@ def compare(
     op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     model, other = (models.load(path, stated=settings.shapes) for path in (original, pruned))
-    for ours, theirs, what in (
-        (model.inputs, other.inputs, "inputs"),
-        (model.outputs, other.outputs, "outputs"),
-    ):
-        if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
-            names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
-            raise GateFailed(
-                f"the two models have different {what}: {names[0]} against {names[1]}."
-            )
+    check_interface(model, other)
     held = dataset.load(source, model, dataset.EVALUATION, settings.reading)
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
     return compare_on(model, other, samples, settings, device=device, progress=progress)
+
+
+def check_interface(original: Model, pruned: Model) -> None:
+    """Check that two models have the same inputs and outputs.
+
+    Args:
+        original: The original.
+        pruned: The pruned model.
+
+    Raises:
+        GateFailed: Names or types differ.
+    """
+    for ours, theirs, what in (
+        (original.inputs, pruned.inputs, "input"),
+        (original.outputs, pruned.outputs, "output"),
+    ):
+        names, others = ([port.name for port in ports] for ports in (ours, theirs))
+        if names != others:
+            raise GateFailed(
+                f"the two models have different {what}s: {', '.join(names)} against {', '.join(others)}."
+            )
+        for one, other in zip(ours, theirs, strict=True):
+            if one.dtype != other.dtype:
+                kinds = ["text" if port.dtype == object else port.dtype for port in (one, other)]
+                raise GateFailed(
+                    f"the {what} '{one.name}' is {kinds[0]} in the original and {kinds[1]} in the pruned model; give "
+                    "two models of the same types."
+                )
 
 
 def compare_on(

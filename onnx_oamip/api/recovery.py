@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from onnx_oamip.api.comparison import check_interface
 from onnx_oamip.artifacts import plan_files, provenance
 from onnx_oamip.artifacts.output import check_output, stage
 from onnx_oamip.core.atomic_files import Batch
@@ -24,7 +25,7 @@ from onnx_oamip.data.sources import File, Source, samples_of, source_name
 from onnx_oamip.graph import default_inputs, low_rank, op_libraries
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.graph.loading import ModelSource
+from onnx_oamip.graph.loading import IN_MEMORY, ModelSource
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.recovery import recover as recovery
@@ -82,9 +83,11 @@ def recover(
         samples, held = samples_of(teacher, data, eval_data, settings)
         teacher, student = (dataset.at_data(model, samples) for model in (teacher, student))
         check_output_shapes(teacher, student)
-        session = Session(teacher.proto, device, what=teacher.path)
+        session = Session(teacher.proto, device, what=_named("the original", teacher))
         samples = batching.tried(session, samples, settings.batch_size)
         held = batching.alike(session, samples, held)
+        what = _named("the pruned model", student)
+        Session(student.proto, device, what=what).run(next(samples.batches(1))[1])
         samples, judged = split(samples, held, settings.seed)
         pair = Pair(teacher, student, *planned_units(plan_file, teacher, student))
     with clock("objective"):
@@ -146,27 +149,6 @@ def _written(result: Recovered, target: Path) -> Recovered:
     return replace(result, output=str(target), output_sha256=written.sha256)
 
 
-def check_interface(original: Model, pruned: Model) -> None:
-    """Check that two models have the same inputs and outputs.
-
-    Args:
-        original: The original.
-        pruned: The pruned model.
-
-    Raises:
-        GateFailed: Names or types differ.
-    """
-    for ours, theirs, what in (
-        (original.inputs, pruned.inputs, "inputs"),
-        (original.outputs, pruned.outputs, "outputs"),
-    ):
-        if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
-            names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
-            raise GateFailed(
-                f"the two models have different {what}: {names[0]} against {names[1]}."
-            )
-
-
 def check_output_shapes(original: Model, pruned: Model) -> None:
     """Check that the outputs of two models have the same shapes, where both are known.
 
@@ -181,9 +163,14 @@ def check_output_shapes(original: Model, pruned: Model) -> None:
         ours, theirs = original.shapes.get(port.name), pruned.shapes.get(port.name)
         if ours is not None and theirs is not None and ours != theirs:
             raise GateFailed(
-                f"the output '{port.name}' has the shape {list(ours)} in {original.path} and {list(theirs)} in "
-                f"{pruned.path}; give the model that it was pruned from."
+                f"the output '{port.name}' has the shape {list(ours)} in the original and {list(theirs)} in the "
+                "pruned model; give the model that it was pruned from."
             )
+
+
+def _named(role: str, model: Model) -> str:
+    """Role of a model in the recovery, with its path if it has one."""
+    return role if model.path == IN_MEMORY else f"{role} ({model.path})"
 
 
 def _other_tensors(original: Model, pruned: Model, objective: Objective) -> list[str]:

@@ -53,11 +53,11 @@ class Judge:
         self._samples = samples
         self._device = device
         self._size = batch_size
-        self._truth = list(self._outputs(original.proto))
+        self._truth = self._outputs(original.proto, "the original")
 
-    def _outputs(self, proto: onnx.ModelProto) -> list[list[Array]]:
+    def _outputs(self, proto: onnx.ModelProto, what: str = "the pruned model") -> list[list[Array]]:
         tensors = self._objective.tensors
-        session = Session(with_outputs(self._model, tensors, proto), self._device)
+        session = Session(with_outputs(self._model, tensors, proto), self._device, what=what)
         batches = self._samples.batches(self._size)
         return [session.run(feed, tensors) for _, feed in batches]
 

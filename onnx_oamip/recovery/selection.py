@@ -79,7 +79,8 @@ def _runtime_values(
     task: Task, tensors: Sequence[str], feed: Mapping[str, Array]
 ) -> dict[str, Array]:
     names = list(dict.fromkeys(tensors))
-    session = Session(with_outputs(task.pruned, names), "cpu", exact=True)
+    proto = with_outputs(task.pruned, names)
+    session = Session(proto, "cpu", what="the pruned model", exact=True)
     return dict(zip(names, session.run(feed, names), strict=True))
 
 

@@ -709,6 +709,12 @@ def test_comparing_unrelated_files_is_refused(task: Path) -> None:
     (task / "other.onnx").write_bytes(build(TEXT.replace("scores", "logits")).SerializeToString())
     with pytest.raises(GateFailed, match="different outputs: scores against logits"):
         compare(task / "model.onnx", task / "other.onnx", task / "data.npz", settings())
+    (task / "other.onnx").write_bytes(build(TEXT.replace("float", "float16")).SerializeToString())
+    with pytest.raises(
+        GateFailed,
+        match="input 'image' is float32 in the original and float16 in the pruned model; give",
+    ):
+        compare(task / "model.onnx", task / "other.onnx", task / "data.npz", settings())
 
 
 @pytest.mark.parametrize(("weight", "noted"), [(1, False), (1000, True)])

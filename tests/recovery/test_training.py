@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from onnx import numpy_helper
 
 from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
-from onnx_oamip.core.errors import DataError, GateFailed, SettingsError
+from onnx_oamip.core.errors import DataError, GateFailed, ModelError, SettingsError
 from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.records import Objective, Plan, Scale, Term
 from onnx_oamip.core.settings import Settings
@@ -423,6 +424,32 @@ def test_models_with_other_inputs_are_refused(case: Path) -> None:
     )
     with pytest.raises(GateFailed, match="different inputs"):
         recover(case / "o.onnx", case / "model.onnx", case / "data.npz", settings())
+
+
+def test_model_with_other_types_is_refused(case: Path) -> None:
+    onnx.save_model(build(NETWORK.replace("float", "double")), case / "o.onnx")
+    with pytest.raises(
+        GateFailed,
+        match="the input 'x' is float32 in the original and float64 in the pruned model",
+    ):
+        recover(case / "o.onnx", case / "model.onnx", case / "data.npz", settings())
+
+
+@pytest.mark.parametrize("is_original", [True, False])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_message_names_the_model_that_does_not_run(
+    is_original: bool, in_memory: bool, case: Path
+) -> None:
+    text = NETWORK.replace("Relu(a)", "own.Unknown(a)")
+    broken = build(text, domains={"own": 1})
+    onnx.save_model(broken, case / "broken.onnx")
+    source = broken if in_memory else case / "broken.onnx"
+    pair = (case / "model.onnx", source) if is_original else (source, case / "model.onnx")
+    name = "the original" if is_original else "the pruned model"
+    if not in_memory:
+        name += f" ({case / 'broken.onnx'})"
+    with pytest.raises(ModelError, match=re.escape(f"ONNX Runtime cannot load {name}: ")):
+        recover(*pair, case / "data.npz", settings())
 
 
 def test_models_that_take_texts_are_refused(tmp_path: Path) -> None:
