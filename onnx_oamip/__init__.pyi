@@ -25,6 +25,7 @@ from onnx_oamip.api.stages import (
 )
 from onnx_oamip.artifacts.plan_files import Planned as Planned
 from onnx_oamip.artifacts.plan_schema import PlanFile as PlanFile
+from onnx_oamip.artifacts.recovered_models import Recovered as Recovered
 from onnx_oamip.artifacts.score_files import (
     Scored as Scored,
     load_scores as load_scores,
@@ -48,7 +49,6 @@ from onnx_oamip.core.records import (
     Pinned as Pinned,
     Plan as Plan,
     Pruned as Pruned,
-    Recovered as Recovered,
     Recovery as Recovery,
     Report as Report,
     Request as Request,

@@ -22,8 +22,9 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 
 from onnx_oamip.artifacts.plan_schema import PlanFile
+from onnx_oamip.artifacts.recovered_models import Recovered
 from onnx_oamip.cli import main
-from onnx_oamip.core.records import Measure, Model, Recovered, Recovery
+from onnx_oamip.core.records import Measure, Model, Recovery
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.loading import load
 from onnx_oamip.objective import detect

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 
 from onnx_oamip.api.comparison import check_interface
 from onnx_oamip.artifacts import plan_files, provenance
-from onnx_oamip.artifacts.output import check_output, stage
-from onnx_oamip.core.atomic_files import Batch
+from onnx_oamip.artifacts.output import check_output
+from onnx_oamip.artifacts.recovered_models import Recovered
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import DataError, GateFailed, ModelError
 from onnx_oamip.core.progress import RECOVER, Progress
-from onnx_oamip.core.records import Bools, Coupling, Model, Objective, Recovered, Recovery
+from onnx_oamip.core.records import Bools, Coupling, Model, Objective, Recovery
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
@@ -137,16 +136,8 @@ def recover(
     if target is None:
         return result
     with clock("write"):
-        return _written(result, target)
-
-
-def _written(result: Recovered, target: Path) -> Recovered:
-    """The result with the file and its digest, after its model is written there."""
-    with Batch() as batch:
-        written = stage(batch, result.model, target)
-        batch.commit()
-        written.remove_stale()
-    return replace(result, output=str(target), output_sha256=written.sha256)
+        written = result.save(target)
+    return replace(written, timings=clock.seconds)
 
 
 def check_output_shapes(original: Model, pruned: Model) -> None:

@@ -10,8 +10,8 @@ from onnx_oamip.api.arguments import ShownProgress, settings_of, shown
 from onnx_oamip.api.quantisation import Quantised
 from onnx_oamip.api.results import Result
 from onnx_oamip.api.staged_run import StagedRun
+from onnx_oamip.artifacts.recovered_models import Recovered
 from onnx_oamip.core.options import QuantisationOptions
-from onnx_oamip.core.records import Recovered
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import File, Source
 from onnx_oamip.graph.loading import ModelSource

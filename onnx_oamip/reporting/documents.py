@@ -15,6 +15,7 @@ import numpy as np
 
 from onnx_oamip.artifacts.keep_maps import PUBLISHED_THRESHOLD, Checkpoint
 from onnx_oamip.artifacts.plan_files import Planned
+from onnx_oamip.artifacts.recovered_models import Recovered
 from onnx_oamip.artifacts.score_files import Scored
 from onnx_oamip.core import budgets
 from onnx_oamip.core.json_values import plain_document
@@ -33,7 +34,6 @@ from onnx_oamip.core.records import (
     Objective,
     Point,
     Port,
-    Recovered,
     Recovery,
     Report,
     Scores,

@@ -13,8 +13,9 @@ from command_line import perceptron, samples
 import onnx_oamip
 from onnx_oamip import OutputError, SettingsError
 from onnx_oamip.api import proof
+from onnx_oamip.artifacts.recovered_models import Recovered
 from onnx_oamip.cli import main
-from onnx_oamip.core.records import Measure, Recovered, Recovery
+from onnx_oamip.core.records import Measure, Recovery
 from onnx_oamip.verification import latency
 from onnx_oamip.verification.latency import Ratio, Timing
 

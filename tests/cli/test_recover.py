@@ -12,11 +12,12 @@ from graphs import build, load
 
 from onnx_oamip.api import recovery as api
 from onnx_oamip.api.pipeline import prune
+from onnx_oamip.artifacts.recovered_models import Recovered
 from onnx_oamip.cli import main
 from onnx_oamip.cli.interrupt import first_interrupt_stops, signals_end_the_work
 from onnx_oamip.core.errors import GateFailed, SettingsError
 from onnx_oamip.core.options.recovery import Effort, effort_of
-from onnx_oamip.core.records import Model, Objective, Recovered, Recovery, Term
+from onnx_oamip.core.records import Model, Objective, Recovery, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.recovery import recover as recovery
 

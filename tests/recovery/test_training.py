@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from onnx import numpy_helper
 
 from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
-from onnx_oamip.core.errors import DataError, GateFailed, ModelError, SettingsError
+from onnx_oamip.core.errors import DataError, GateFailed, ModelError, OutputError, SettingsError
 from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.records import Objective, Plan, Scale, Term
 from onnx_oamip.core.settings import Settings
@@ -450,6 +451,20 @@ def test_message_names_the_model_that_does_not_run(
         name += f" ({case / 'broken.onnx'})"
     with pytest.raises(ModelError, match=re.escape(f"ONNX Runtime cannot load {name}: ")):
         recover(*pair, case / "data.npz", settings())
+
+
+def test_result_is_saved_with_its_digest(case: Path, tmp_path: Path) -> None:
+    pair = (case / "half.onnx", case / "model.onnx")
+    found = recover(*pair, case / "data.npz", settings(recover=5))
+    written = found.save(tmp_path / "out.onnx")
+    content = (tmp_path / "out.onnx").read_bytes()
+    assert content == found.model.SerializeToString()
+    assert written.output == str(tmp_path / "out.onnx")
+    assert written.output_sha256 == hashlib.sha256(content).hexdigest()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
+    for source in pair:
+        with pytest.raises(OutputError, match="would overwrite the input"):
+            found.save(source)
 
 
 def test_models_that_take_texts_are_refused(tmp_path: Path) -> None:
