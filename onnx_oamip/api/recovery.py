@@ -21,7 +21,7 @@ from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.data.sources import File, Source, samples_of, source_name
-from onnx_oamip.graph import default_inputs, low_rank, op_libraries
+from onnx_oamip.graph import cost, default_inputs, low_rank, op_libraries
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import IN_MEMORY, ModelSource
@@ -126,6 +126,7 @@ def recover(
             "plan": None if plan_file is None else str(plan_file),
         },
         notes=(
+            *_larger(teacher, student),
             *samples.notes,
             *objective.notes,
             *recovery.notes(found),
@@ -162,6 +163,19 @@ def check_output_shapes(original: Model, pruned: Model) -> None:
 def _named(role: str, model: Model) -> str:
     """Role of a model in the recovery, with its path if it has one."""
     return role if model.path == IN_MEMORY else f"{role} ({model.path})"
+
+
+def _larger(original: Model, pruned: Model) -> tuple[str, ...]:
+    """Note about a pruned model that is larger than its original."""
+    before, after = cost.count(original), cost.count(pruned)
+    measured = (("parameters", before.params, after.params), ("MACs", before.macs, after.macs))
+    larger = [
+        f"{name} ({there:,} against {here:,})" for name, here, there in measured if there > here
+    ]
+    if not larger:
+        return ()
+    note = f"the pruned model has more {' and '.join(larger)} than the original; see whether the two are swapped"
+    return (note,)
 
 
 def _other_tensors(original: Model, pruned: Model, objective: Objective) -> list[str]:

@@ -20,6 +20,7 @@ from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.records import Objective, Plan, Scale, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import augmentation
+from onnx_oamip.graph import cost, loading
 from onnx_oamip.objective import compare
 from onnx_oamip.planning import execution
 from onnx_oamip.planning.execution import Attempt
@@ -434,6 +435,19 @@ def test_model_with_other_types_is_refused(case: Path) -> None:
         match="the input 'x' is float32 in the original and float64 in the pruned model",
     ):
         recover(case / "o.onnx", case / "model.onnx", case / "data.npz", settings())
+
+
+def test_larger_model_is_noted(case: Path) -> None:
+    swapped = recover(
+        case / "model.onnx", case / "half.onnx", case / "data.npz", settings(recover=2)
+    )
+    before, after = (cost.count(loading.load(case / name)) for name in ("half.onnx", "model.onnx"))
+    assert swapped.notes[0] == (
+        f"the pruned model has more parameters ({after.params:,} against {before.params:,}) and MACs "
+        f"({after.macs:,} against {before.macs:,}) than the original; see whether the two are swapped"
+    )
+    found = recover(case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=2))
+    assert not any("swapped" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("is_original", [True, False])
