@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,11 +120,18 @@ def find(
     return {
         name: Coordinates(
             places=torch.from_numpy(_places(uses[0], model)).to(device),
-            root=torch.from_numpy(_inverse_root(moments[name])).to(device),
+            root=torch.from_numpy(_inverse_root(moments[name]).astype(_computed(model, name))).to(
+                device
+            ),
         )
         for name, uses in layers.items()
         if name in moments
     }
+
+
+def _computed(model: Model, weight: str) -> np.dtype[Any]:
+    """Type in which a weight is trained: float32, or float64 where it is stored in that."""
+    return np.promote_types(np.float32, model.dtypes[weight])
 
 
 def _layers(model: Model, weights: Collection[str]) -> dict[str, list[Site]]:
@@ -199,11 +207,11 @@ def _rows(
     return data_rows(layer, data, pick(count, wanted, rng), output)
 
 
-def _inverse_root(moments: Floats) -> Array:
+def _inverse_root(moments: Floats) -> Floats:
     """Inverse square root of damped moments (groups, columns, columns), in units of their mean."""
     values, vectors = np.linalg.eigh(moments)
     mean = values.mean(axis=1, keepdims=True)
     mean[mean <= 0] = 1.0
     damped = np.maximum(values, 0) / mean + DAMPING
     root: Floats = (vectors / np.sqrt(damped)[:, None, :]) @ vectors.transpose(0, 2, 1)
-    return root.astype(np.float32)
+    return root

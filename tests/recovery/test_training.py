@@ -652,29 +652,30 @@ def test_weight_behind_a_view_is_trained_where_it_is_stored(tmp_path: Path) -> N
     assert ours.weights[name].grad is not None
 
 
-def test_half_precision_is_trained_in_float32_and_written_back(case: Path) -> None:
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_other_precision_is_trained_and_written_back(kind: type, case: Path) -> None:
     model, half = onnx.load(case / "model.onnx"), onnx.load(case / "half.onnx")
     for proto in (model, half):
         for held in proto.graph.initializer:
             value = numpy_helper.to_array(held)
             if value.dtype == np.float32:
-                held.CopyFrom(numpy_helper.from_array(value.astype(np.float16), held.name))
+                held.CopyFrom(numpy_helper.from_array(value.astype(kind), held.name))
         for value in (*proto.graph.input, *proto.graph.output):
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+            value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
         del proto.graph.value_info[:]
-    onnx.save_model(model, case / "model16.onnx")
-    onnx.save_model(half, case / "half16.onnx")
+    onnx.save_model(model, case / "other.onnx")
+    onnx.save_model(half, case / "other_half.onnx")
     with np.load(case / "data.npz") as data:
-        np.savez(case / "data16.npz", x=data["x"].astype(np.float16))
+        np.savez(case / "other.npz", x=data["x"].astype(kind))
     found = recover(
-        case / "half16.onnx",
-        case / "model16.onnx",
-        case / "data16.npz",
+        case / "other_half.onnx",
+        case / "other.onnx",
+        case / "other.npz",
         settings(recover=100),
         case / "out.onnx",
     )
     assert found.recovery.accepted
-    assert {value.dtype for value in stored(case / "out.onnx").values()} == {np.dtype(np.float16)}
+    assert {value.dtype for value in stored(case / "out.onnx").values()} == {np.dtype(kind)}
 
 
 def test_node_that_torch_cannot_compute_is_named_and_the_rest_is_trained(tmp_path: Path) -> None:
