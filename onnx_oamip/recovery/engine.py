@@ -16,6 +16,7 @@ from onnx_oamip.core.records import Array, Model, Node
 from onnx_oamip.core.records.graph import Body, within
 from onnx_oamip.graph.ops import Trait, has
 from onnx_oamip.graph.outputs import is_float
+from onnx_oamip.graph.subgraphs import BRANCHES
 from onnx_oamip.recovery.operators import TABLE, Call, Kernel, UnsupportedForm, kernel_of
 from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.operators.fusion import fused
@@ -103,6 +104,7 @@ class Engine:
         given: Collection[str] = (),
         device: str = "cpu",
         weights: Collection[str] = (),
+        every_branch: bool = False,
     ) -> None:
         """Read the constants of the part.
 
@@ -112,7 +114,9 @@ class Engine:
             given: Tensors besides the graph inputs that are fed.
             device: Device of torch.
             weights: Initialisers to train, such as :func:`trainable` lists.
+            every_branch: Refuse forms in branches that a condition does not take, too.
         """
+        self._every_branch = every_branch
         self._tensors = list(tensors)
         nodes = ancestors(model, tensors, given)
         self._device = device
@@ -174,11 +178,29 @@ class Engine:
     def _branch(self, node: Node, values: dict[str, Any]) -> None:
         """Run the branch that the condition takes. Names are unique over all bodies."""
         is_taken = bool(values[node.inputs[0]].reshape(-1)[0])
-        body: Body = node.bodies["then_branch" if is_taken else "else_branch"]
+        body: Body = node.bodies[BRANCHES[is_taken]]
+        if self._every_branch:
+            self._check_forms(node.bodies[BRANCHES[not is_taken]], values)
         for inner in body.nodes:
             self._step(inner, kernel_of(inner), Call(inner), values)
         for name, result in zip(node.outputs, body.outputs, strict=True):
             values[name] = values[result]
+
+    def _check_forms(self, body: Body, values: Mapping[str, Any]) -> None:
+        """Run a branch that is not taken, to find forms that are refused.
+
+        Its nodes need not fit these values, such as a Squeeze of an axis that is longer than 1: a node that fails for
+        another reason than its form, and those that read its outputs, are passed over.
+        """
+        found = dict(values)
+        for inner in body.nodes:
+            if not all(name in found for name in (*inner.inputs, *inner.captures) if name):
+                continue
+            try:
+                self._step(inner, kernel_of(inner), Call(inner), found)
+            except CannotRun as error:
+                if isinstance(error.__cause__, UnsupportedForm):
+                    raise
 
     def _on_one_device(self, inputs: list[Any]) -> list[Any]:
         devices = {value.device.type for value in inputs if value is not None}

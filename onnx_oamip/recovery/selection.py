@@ -60,7 +60,7 @@ def _wanted(task: Task) -> list[str]:
 def _first_difference(task: Task, part: Part, feed: Mapping[str, Array]) -> tuple[str, str] | None:
     """Name of the first node that torch cannot compute as ONNX Runtime does, and the reason; None if there is none."""
     model = task.pruned
-    engine = Engine(model, part.tensors, given=part.given)
+    engine = Engine(model, part.tensors, given=part.given, every_branch=True)
     tensors = [*part.tensors, *part.given]
     values = _runtime_values(task, tensors, feed)
     given = fed({**feed, **{name: values[name] for name in part.given}}, "cpu")

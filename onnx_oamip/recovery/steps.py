@@ -109,7 +109,7 @@ class Run:
         loss = torch.zeros(())
         for _ in range(GRADIENT_BATCHES):
             part = self._loss(next(self.batches))
-            part.backward()
+            _differentiate(part)
             loss = loss + part.detach()
         gradients = self._take_gradients()
         slopes = [0.0 if slope is None else float(slope.abs().sum()) for slope in gradients]
@@ -192,7 +192,7 @@ class Run:
         loss = self._loss(next(self.batches))
         if not math.isfinite(float(loss.detach())):
             raise Diverged
-        loss.backward()
+        _differentiate(loss)
         for change, gradient in zip(self._changes, self._take_gradients(), strict=True):
             change.grad = gradient
         share = rates.share(progress)
@@ -231,6 +231,12 @@ class Run:
             name: value.cpu().numpy()
             for name, value in zip(self._engine.weights, self._moved(self._average), strict=True)
         }
+
+
+def _differentiate(loss: Tensor) -> None:
+    """Add the gradients of a loss to its weights; a branch of an If may depend on none."""
+    if loss.requires_grad:
+        loss.backward()
 
 
 def _given(task: Task, part: Part) -> Given | None:

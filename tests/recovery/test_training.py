@@ -17,7 +17,7 @@ from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
 from onnx_oamip.core.errors import DataError, GateFailed, ModelError, OutputError, SettingsError
 from onnx_oamip.core.options.recovery import Effort
-from onnx_oamip.core.records import Objective, Plan, Scale, Term
+from onnx_oamip.core.records import Objective, Plan, Recovery, Scale, Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import augmentation
 from onnx_oamip.graph import cost, loading
@@ -728,6 +728,47 @@ def test_ends_of_blocks_that_are_not_trained_are_named_with_the_reason(tmp_path:
     assert found.recovery.features_left_out == {"a": "it is no part of what is trained"}
     document = documents.recovered(found)["recovery"]
     assert document["features_left_out"] == found.recovery.features_left_out
+
+
+BRANCHES = """(float[N, 8] x) => (float[N, 4] y)
+<float[8, 16] w1, float[16, 4] w2, float zero = {{0}}, int64[1] first = {{0}}, int64[1] last = {{4}},
+ int64[1] axis = {{1}}> {{
+    m = ReduceMean<keepdims = 0>(x)
+    c = Greater(m, zero)
+    b = MatMul(x, w1)
+    y = If(c) <
+        then_branch = g1 () => (float[N, 4] t) {{ r = Relu({0}) t = MatMul(r, w2) }},
+        else_branch = g2 () => (float[N, 4] e) {{ {1} }}
+    >
+}}"""
+
+
+def _recovered_by_single_samples(text: str, folder: Path) -> Recovery:
+    onnx.save_model(build(text), folder / "model.onnx")
+    data = {"x": np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)}
+    files = (folder / "model.onnx", folder / "model.onnx", data)
+    return recover(*files, settings(recover=20, batch_size=1)).recovery
+
+
+def test_batch_that_depends_on_no_weight_does_no_step(tmp_path: Path) -> None:
+    """The weights are in the branch that about half of the samples take."""
+    text = BRANCHES.format("v", "e = Slice(x, first, last, axis)")
+    text = text.replace("b = MatMul(x, w1)", "").replace("r = ", "v = MatMul(x, w1) r = ")
+    found = _recovered_by_single_samples(text, tmp_path)
+    assert (found.weights, found.steps, found.ended) == (2, 20, "budget")
+
+
+def test_form_in_a_branch_that_the_first_sample_does_not_take_is_named(tmp_path: Path) -> None:
+    """Either branch holds it, so that one of them is not taken; the layer in front of the branches is trained."""
+    form = "u = Cast<to = 12>(b) f = Cast<to = 1>(u)"
+    texts = (
+        BRANCHES.format("b", f"{form} e = Slice(f, first, last, axis)"),
+        BRANCHES.format("f", "e = Slice(b, first, last, axis)").replace("r = ", f"{form} r = "),
+    )
+    for text in texts:
+        found = _recovered_by_single_samples(text, tmp_path)
+        assert found.weights == 1
+        assert "casts to a type that torch does not compute in" in found.left_out[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
