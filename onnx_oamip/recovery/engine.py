@@ -22,6 +22,9 @@ from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.operators.fusion import fused
 from onnx_oamip.recovery.parts import ancestors
 
+NARROW = {"int2": np.int8, "int4": np.int8, "uint2": np.uint8, "uint4": np.uint8}
+"""Types of whole numbers in which torch does not compute, with those that take their place."""
+
 
 class CannotRun(Exception):
     """A node that torch cannot compute.
@@ -132,8 +135,12 @@ class Engine:
             if name in weights
         }
         steps = fused(model, nodes, self._tensors)
-        self._steps = [(node, kernel_of(node), Call(node)) for node in steps]
+        self._dtypes = model.dtypes
+        self._steps = [(node, kernel_of(node), self._call(node)) for node in steps]
         self._last = _last_uses(steps, self._tensors)
+
+    def _call(self, node: Node) -> Call:
+        return Call(node, self._dtypes.get(node.outputs[0]) if node.outputs else None)
 
     def run(self, feed: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute the tensors for one feed.
@@ -182,7 +189,7 @@ class Engine:
         if self._every_branch:
             self._check_forms(node.bodies[BRANCHES[not is_taken]], values)
         for inner in body.nodes:
-            self._step(inner, kernel_of(inner), Call(inner), values)
+            self._step(inner, kernel_of(inner), self._call(inner), values)
         for name, result in zip(node.outputs, body.outputs, strict=True):
             values[name] = values[result]
 
@@ -197,7 +204,7 @@ class Engine:
             if not all(name in found for name in (*inner.inputs, *inner.captures) if name):
                 continue
             try:
-                self._step(inner, kernel_of(inner), Call(inner), found)
+                self._step(inner, kernel_of(inner), self._call(inner), found)
             except CannotRun as error:
                 if isinstance(error.__cause__, UnsupportedForm):
                     raise
@@ -228,7 +235,7 @@ def _last_uses(nodes: Sequence[Node], kept: Collection[str]) -> list[list[str]]:
 
 
 def as_tensor(array: Array, device: str) -> Tensor:
-    """Copy an array to torch; floating types of 16 bits become float32.
+    """Copy an array to torch; floating types of 16 bits become float32, whole numbers of less than 8 bits get 8.
 
     Args:
         array: An array of numbers.
@@ -239,6 +246,8 @@ def as_tensor(array: Array, device: str) -> Tensor:
     """
     if is_float(array.dtype) and array.dtype != np.float64:
         array = array.astype(np.float32)
+    elif array.dtype.name in NARROW:
+        array = array.astype(NARROW[array.dtype.name])
     tensor = torch.from_numpy(np.array(array, order="C"))
     return tensor.to(device) if tensor.is_floating_point() else tensor
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from cases import CASES, OpCase, unknown_here
 from graphs import build, feed, load
+from onnx import helper, numpy_helper
 
 from onnx_oamip.core.records import Model
 from onnx_oamip.graph.ops import REGISTRY
@@ -119,6 +122,34 @@ def test_old_form_equals_onnx_runtime(name: str, tmp_path: Path) -> None:
     ours = engine.Engine(model, ["y"])
     fed = {key: engine.as_tensor(value, "cpu") for key, value in values.items()}
     _compare(model, values, ours.run(fed), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16"])
+def test_codes_of_every_length_equal_onnx_runtime(kind: str, tmp_path: Path) -> None:
+    """Stored codes, and codes of activations, which leave the range at both ends."""
+    text = """(float[N, 6] x) => (float[N, 5] y) <float scale = {0.04}> {
+        w = DequantizeLinear(codes, scale, zero)
+        h = MatMul(x, w)
+        q = QuantizeLinear(h, fine, zero)
+        y = DequantizeLinear(q, fine, zero)
+    }"""
+    kind_number = onnx.TensorProto.DataType.Value(kind)
+    limits = ml_dtypes.iinfo(helper.tensor_dtype_to_np_dtype(kind_number))
+    low, high = int(limits.min), int(limits.max)
+    middle = (low + high + 1) // 2
+    codes = np.random.default_rng(0).integers(middle - 8, middle + 8, 30)
+    proto = build(text, opset=21, ir=10)
+    for name, shape, values in (("codes", (6, 5), codes), ("zero", (), [middle])):
+        proto.graph.initializer.append(helper.make_tensor(name, kind_number, shape, values))
+    fine = np.float32(0.3 / (high - low))
+    proto.graph.initializer.append(numpy_helper.from_array(fine, "fine"))
+    model = load(proto, tmp_path)
+    values = feed(model, 0)
+    fed = {name: engine.as_tensor(value, "cpu") for name, value in values.items()}
+    found = engine.Engine(model, ["y"]).run(fed)
+    ends = fine * (np.array([low, high]) - middle)
+    np.testing.assert_allclose([found[0].min(), found[0].max()], ends, rtol=1e-5)
+    _compare(model, values, found, 2e-5)
 
 
 SMOOTH = [

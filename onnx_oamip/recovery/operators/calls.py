@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from onnx_oamip.core.records import Node
 
 Tensor: TypeAlias = Any
@@ -18,9 +20,15 @@ class UnsupportedForm(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One node as its function sees it."""
+    """One node as its function sees it.
+
+    Attributes:
+        node: The node.
+        type: Element type of its first output in the model, None where it is unknown.
+    """
 
     node: Node
+    type: np.dtype[Any] | None = None
 
     @property
     def version(self) -> int:

@@ -8,8 +8,15 @@ import torch
 
 from onnx_oamip.recovery.operators.calls import Call, Kernel, Tensor, UnsupportedForm
 
-RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int16: (-32768, 32767)}
-"""Smallest and largest code by type of the zero point."""
+RANGES = {
+    "int4": (-8, 7),
+    "uint4": (0, 15),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-32768, 32767),
+    "uint16": (0, 65535),
+}
+"""Smallest and largest code by type of the codes."""
 
 
 def _along(call: Call, values: Tensor, x: Tensor) -> Tensor:
@@ -24,9 +31,9 @@ def _along(call: Call, values: Tensor, x: Tensor) -> Tensor:
 
 
 def _quantise(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    kind = torch.uint8 if zero is None else zero.dtype
+    kind = None if call.type is None else call.type.name
     if kind not in RANGES:
-        raise UnsupportedForm(f"its codes are {kind}")
+        raise UnsupportedForm(f"its codes are {kind or 'of an unknown type'}")
     low, high = RANGES[kind]
     ratio = x / _along(call, scale, x)
     rounded = ratio + (torch.round(ratio) - ratio).detach()
