@@ -34,13 +34,16 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph.ops import (
     LabelAxis,
+    Trait,
     consumers_by_tensor,
     follows_bodies,
+    has,
     kinds,
     lookup,
     opaque,
     rule_errors,
 )
+from onnx_oamip.graph.ops.reshape import blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,12 +363,17 @@ class _Labels:
         return ""
 
 
-def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
-    labels = _Labels(model, choices)
-    for port in model.inputs:
+def _follow(labels: _Labels) -> None:
+    """Applies the channel rules of all nodes of a model."""
+    for port in labels.model.inputs:
         labels.set(port.name, [], f"a graph input ({shortened(port.name)})")
         labels.given.add(port.name)
-    labels.follow(model.nodes)
+    labels.follow(labels.model.nodes)
+
+
+def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
+    labels = _Labels(model, choices)
+    _follow(labels)
     for port in model.outputs:
         labels.pin_all(
             port.name, f"it is part of the graph output '{shortened(port.name)}'", given=True
@@ -400,6 +408,47 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
             reason = f"{node} reads '{shortened(constant)}' whole"
             labels.pin(axis_labels, reason, listed=is_listed)
     return labels
+
+
+class _LabelsOfParts(_Labels):
+    """Labels that are also given to the parts of an axis that a reshape does not leave free, such as heads."""
+
+    def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "", source: str = "") -> None:
+        super().set(tensor, axes, why, source)
+        node = self._producers.get(tensor)
+        if node is None or not has(node, Trait.RESHAPES):
+            return
+        before, after = self.shape(node.inputs[0]), self.shape(tensor)
+        if before is None or after is None:
+            return
+        labelled = self.axes(node.inputs[0])
+        result = self.axes(tensor)
+        for left, right in blocks(before, after):
+            if any(labelled[axis] is not None for axis in left):
+                for axis in right:
+                    if result[axis] is None:
+                        result[axis] = self._new(after[axis])
+        self.tracked[tensor] = result
+
+
+def followed_axes(model: Model) -> frozenset[Axis]:
+    """Finds the axes of computed tensors along which channels are followed, whether these can be removed or not.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        Axes of tensors that are no constants. Of an axis that a reshape divides, all parts.
+    """
+    labels = _LabelsOfParts(model, {})
+    _follow(labels)
+    return frozenset(
+        (tensor, axis)
+        for tensor, axes in labels.tracked.items()
+        if tensor not in model.constants
+        for axis, found in enumerate(axes)
+        if found is not None
+    )
 
 
 def _channels(labels: _Labels, all_labels: Mapping[Axis, Ints]) -> Bools:

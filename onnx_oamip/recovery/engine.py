@@ -52,46 +52,6 @@ def is_supported(node: Node) -> bool:
     return all(has(part, Trait.BRANCHES) or kernel_of(part) is not None for part in within((node,)))
 
 
-def trainable(model: Model, nodes: Sequence[Node]) -> list[str]:
-    """List the initialisers that training may change.
-
-    These are floating weights, biases, and scales and shifts of channels. Everything else stays as it is: scales of
-    quantisation, statistics of normalisations, bounds, masks, tables of positions.
-
-    Args:
-        model: The model.
-        nodes: Nodes that are computed.
-
-    Returns:
-        Names of initialisers, each once: one that several nodes share is one weight.
-    """
-    found: dict[str, None] = {}
-    for node in within(nodes):
-        kernel = kernel_of(node)
-        if kernel is None:
-            continue
-        for slot, tensor in enumerate(node.inputs):
-            name = model.source(tensor)
-            if not tensor or not model.is_stored(name) or not is_float(model.dtypes[name]):
-                continue
-            by_channel = slot in kernel.trained_if_channels and is_by_channel(model.shapes[name])
-            if slot in kernel.trained or by_channel:
-                found[name] = None
-    return list(found)
-
-
-def is_by_channel(shape: Sequence[int]) -> bool:
-    """Check whether a constant holds one number per channel.
-
-    Args:
-        shape: Its shape.
-
-    Returns:
-        True if exactly one axis is longer than 1.
-    """
-    return sum(length > 1 for length in shape) == 1
-
-
 class Engine:
     """A part of a graph, run by torch.
 
@@ -116,7 +76,7 @@ class Engine:
             tensors: Tensors to compute.
             given: Tensors besides the graph inputs that are fed.
             device: Device of torch.
-            weights: Initialisers to train, such as :func:`trainable` lists.
+            weights: Initialisers to train, such as :class:`~.trainable.Trainable` lists.
             every_branch: Refuse forms in branches that a condition does not take, too.
         """
         self._every_branch = every_branch

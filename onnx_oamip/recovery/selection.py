@@ -12,11 +12,12 @@ from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery import parts
 from onnx_oamip.recovery.batches import fed
-from onnx_oamip.recovery.engine import CannotRun, Engine, is_supported, trainable
+from onnx_oamip.recovery.engine import CannotRun, Engine, is_supported
 from onnx_oamip.recovery.losses import differentiable
 from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.parts import Part
 from onnx_oamip.recovery.task import Task
+from onnx_oamip.recovery.trainable import Trainable
 
 TOLERANCE = 0.02
 """Relative error of a tensor against ONNX Runtime above which an operator counts as computed differently."""
@@ -41,8 +42,9 @@ def trained_part(task: Task) -> tuple[Part, tuple[str, ...]]:
         if not is_supported(node)
     }
     feed = next(task.samples.batches(1))[1]
+    trainable = Trainable(model)
     while True:
-        part = parts.choose(model, wanted, reasons, lambda nodes: trainable(model, nodes))
+        part = parts.choose(model, wanted, reasons, trainable)
         if not part.weights or not part.tensors:
             return part, tuple(reasons.values())
         found = _first_difference(task, part, feed)
@@ -107,5 +109,5 @@ def _is_close(found: Tensor, truth: Array) -> bool:
     if ours.shape != theirs.shape:
         return False
     known = np.isfinite(theirs)
-    error = np.linalg.norm((ours - theirs)[known])
+    error = np.linalg.norm(ours[known] - theirs[known])
     return bool(error <= TOLERANCE * np.linalg.norm(theirs[known]) + SMALLEST)

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 
 from onnx_oamip.recovery import engine  # noqa: E402
 from onnx_oamip.recovery.operators import TABLE  # noqa: E402
+from onnx_oamip.recovery.trainable import Trainable  # noqa: E402
 
 NOT_COMPUTED = {
     "ConvInteger",
@@ -204,7 +205,7 @@ def test_gradient_agrees_with_finite_differences(operator: str, tmp_path: Path) 
     for case in _cases_of(operator)[:6]:
         model = load(case.make(), tmp_path, case.bindings)
         names = [port.name for port in model.outputs if port.dtype == np.float32]
-        weights = engine.trainable(model, model.nodes)
+        weights = Trainable(model)(model.nodes)
         if not weights or not names or not all(engine.is_supported(n) for n in model.nodes):
             continue
         if case.name in FORMS:

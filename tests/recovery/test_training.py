@@ -34,6 +34,7 @@ from onnx_oamip.recovery import recover as recovery  # noqa: E402
 from onnx_oamip.recovery.judge import Judge  # noqa: E402
 from onnx_oamip.recovery.parts import Part  # noqa: E402
 from onnx_oamip.recovery.task import Task  # noqa: E402
+from onnx_oamip.recovery.trainable import Trainable  # noqa: E402
 from onnx_oamip.recovery.training import Trained  # noqa: E402
 
 NETWORK = """(float[N, 8] x) => (float[N, 4] y)
@@ -621,7 +622,7 @@ def test_shared_weight_stays_one_weight(tmp_path: Path) -> None:
         y = Add(c, b)
     }"""
     model = load(build(text), tmp_path)
-    ours = engine.Engine(model, ["y"], weights=engine.trainable(model, model.nodes))
+    ours = engine.Engine(model, ["y"], weights=Trainable(model)(model.nodes))
     assert set(ours.weights) == {"w", "b"}
 
 
@@ -636,7 +637,7 @@ def test_scales_of_quantisation_and_statistics_are_not_trained(tmp_path: Path) -
     }"""
     proto = build(text)
     model = load(proto, tmp_path)
-    assert engine.trainable(model, model.nodes) == ["b", "gain", "shift"]
+    assert Trainable(model)(model.nodes) == ["b", "gain", "shift"]
 
 
 def test_weight_behind_a_view_is_trained_where_it_is_stored(tmp_path: Path) -> None:
@@ -645,7 +646,7 @@ def test_weight_behind_a_view_is_trained_where_it_is_stored(tmp_path: Path) -> N
         y = MatMul(x, t)
     }"""
     model = load(build(text), tmp_path)
-    (name,) = engine.trainable(model, model.nodes)
+    (name,) = Trainable(model)(model.nodes)
     ours = engine.Engine(model, ["y"], weights=[name])
     (found,) = ours.run({"x": torch.ones(2, 6)})
     found.sum().backward()
@@ -676,6 +677,39 @@ def test_other_precision_is_trained_and_written_back(kind: type, case: Path) -> 
     )
     assert found.recovery.accepted
     assert {value.dtype for value in stored(case / "out.onnx").values()} == {np.dtype(kind)}
+
+
+def test_masks_and_scales_of_rounded_weights_stay(tmp_path: Path) -> None:
+    text = """(float[N, 8] x) => (float[N, 6] y)
+    <float[8, 24] w1, float scale = {0.02}, int8 zero = {0}, float[24, 6] w2, float[6] suppressed> {
+        q = QuantizeLinear(w1, scale, zero)
+        d = DequantizeLinear(q, scale, zero)
+        a = MatMul(x, d)
+        r = Relu(a)
+        c = MatMul(r, w2)
+        y = Add(c, suppressed)
+    }"""
+    proto = build(text)
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    hiding = np.array([0, 0, -np.inf, 0, np.finfo(np.float32).min, 0], np.float32)
+    held["suppressed"].CopyFrom(numpy_helper.from_array(hiding, "suppressed"))
+    onnx.save_model(proto, tmp_path / "model.onnx")
+    rng = np.random.default_rng(1)
+    for name in ("w1", "w2"):
+        value = numpy_helper.to_array(held[name])
+        noise = 0.3 * value.std() * rng.normal(size=value.shape)
+        held[name].CopyFrom(numpy_helper.from_array((value + noise).astype(np.float32), name))
+    onnx.save_model(proto, tmp_path / "other.onnx")
+    found = recover(
+        tmp_path / "other.onnx",
+        tmp_path / "model.onnx",
+        {"x": rng.normal(size=(100, 8)).astype(np.float32)},
+        settings(recover=100, task="classes"),
+        tmp_path / "out.onnx",
+    )
+    assert found.recovery.accepted
+    before, after = stored(tmp_path / "other.onnx"), stored(tmp_path / "out.onnx")
+    assert {n for n in after if not np.array_equal(after[n], before[n])} == {"w1", "w2"}
 
 
 def test_node_that_torch_cannot_compute_is_named_and_the_rest_is_trained(tmp_path: Path) -> None:
