@@ -95,11 +95,13 @@ class Trainable:
     def _is_mask(self, node: Node, slot: int) -> bool:
         """True for a constant that hides some elements of what it is added to or multiplied with."""
         constants, tensor = self._model.constants, node.inputs[slot]
+        values = constants[self._sources[tensor]]
+        values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+        if _are_endless(values):
+            return True
         layer = site(node, constants)
         if layer is not None and tensor == layer.weight:
             return False
-        values = constants[self._sources[tensor]]
-        values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
         return _hides(values) or (has(node, Trait.SCALES) and _selects(values))
 
 
@@ -132,10 +134,16 @@ def _sources(model: Model) -> dict[str, str]:
     return found
 
 
+def _are_endless(values: Array) -> bool:
+    """True if some are infinite or stand for that, as the largest number of a type does: their squares are infinite."""
+    with np.errstate(over="ignore"):
+        return not np.isfinite(np.square(values)).all()
+
+
 def _hides(values: Array) -> bool:
-    """True for shifts of which some are infinite, or so far below the others that they stand for masked elements."""
+    """True for shifts some of which are so far below the others that they stand for masked elements."""
     is_low = values <= -LARGE
-    return not np.isfinite(values).all() or bool(is_low.any() and not is_low.all())
+    return bool(is_low.any() and not is_low.all())
 
 
 def _selects(values: Array) -> bool:

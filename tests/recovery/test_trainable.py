@@ -136,7 +136,10 @@ def test_weights_and_numbers_per_channel_are_trained(name: str, tmp_path: Path) 
     assert sorted(Trainable(model)(model.nodes)) == sorted(expected)
 
 
-@pytest.mark.parametrize("number", [-np.inf, np.finfo(np.float32).min, np.inf])
+LARGEST = np.finfo(np.float32).max
+
+
+@pytest.mark.parametrize("number", [-np.inf, -LARGEST, LARGEST, np.inf])
 def test_constant_that_hides_classes_is_not_trained(number: float, tmp_path: Path) -> None:
     text, expected = CASES["masks of classes"]
     proto = build(text)
