@@ -21,15 +21,16 @@ def channel_axes(model: Model) -> frozenset[Axis]:
 
     Returns:
         Axes along which channels are followed from the layer that writes them, and axes that elementwise operators and
-        transposes alone tie to the output or the input of a linear layer. Graph inputs are among the tensors.
+        transposes alone tie to the output or the input of a layer. Graph inputs are among the tensors.
     """
     nodes = model.every
     layers = [layer for node in nodes if (layer := site(node, model.constants)) is not None]
-    written = set(followed_axes(model))
+    written, read = (set(axes) for axes in followed_axes(model))
+    # A rule that finds no labels on its data, as that of a grouped convolution of a graph input, follows nothing.
     written.update(_axis(model, layer.node.outputs[0], layer.output_axis) for layer in layers)
+    read.update(_axis(model, layer.data, layer.data_axis) for layer in layers)
     for node in nodes:
         written.update(output for data, output in _same_places(model, node) if data in written)
-    read = {_axis(model, layer.data, layer.data_axis) for layer in layers}
     for node in reversed(nodes):
         read.update(data for data, output in _same_places(model, node) if output in read)
     return frozenset(written | read)

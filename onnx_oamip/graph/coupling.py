@@ -410,8 +410,24 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     return labels
 
 
-class _LabelsOfParts(_Labels):
-    """Labels that are also given to the parts of an axis that a reshape does not leave free, such as heads."""
+class _AllChannels(_Labels):
+    """Labels that are also given to the parts of an axis that a reshape does not leave free, such as heads.
+
+    Attributes:
+        read: Axes without labels that a product ties to a constant weight.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model, {})
+        self.read: set[Axis] = set()
+
+    def unify(self, occurrences: Sequence[Axis], node: Node) -> LabelAxis:
+        found = super().unify(occurrences, node)
+        spec = lookup(node.domain, node.op, node.version)
+        is_product = spec is not None and spec.cost is not None
+        if found is None and is_product and any(self.is_constant(name) for name, _ in occurrences):
+            self.read.update(key for key in occurrences if not self.is_constant(key[0]))
+        return found
 
     def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "", source: str = "") -> None:
         super().set(tensor, axes, why, source)
@@ -421,34 +437,36 @@ class _LabelsOfParts(_Labels):
         before, after = self.shape(node.inputs[0]), self.shape(tensor)
         if before is None or after is None:
             return
-        labelled = self.axes(node.inputs[0])
-        result = self.axes(tensor)
+        labelled, result = self.axes(node.inputs[0]), self.axes(tensor)
         for left, right in blocks(before, after):
-            if any(labelled[axis] is not None for axis in left):
-                for axis in right:
-                    if result[axis] is None:
-                        result[axis] = self._new(after[axis])
+            if all(labelled[axis] is None for axis in left):
+                continue
+            for axis in right:
+                if result[axis] is None:
+                    result[axis] = self._new(after[axis])
         self.tracked[tensor] = result
 
 
-def followed_axes(model: Model) -> frozenset[Axis]:
+def followed_axes(model: Model) -> tuple[frozenset[Axis], frozenset[Axis]]:
     """Finds the axes of computed tensors along which channels are followed, whether these can be removed or not.
 
     Args:
         model: A loaded model.
 
     Returns:
-        Axes of tensors that are no constants. Of an axis that a reshape divides, all parts.
+        Axes that are followed from the layer that writes them (of one that a reshape divides, all parts), and axes that
+        are not, although a layer sums over them.
     """
-    labels = _LabelsOfParts(model, {})
+    labels = _AllChannels(model)
     _follow(labels)
-    return frozenset(
+    written = (
         (tensor, axis)
         for tensor, axes in labels.tracked.items()
         if tensor not in model.constants
         for axis, found in enumerate(axes)
         if found is not None
     )
+    return frozenset(written), frozenset(labels.read)
 
 
 def _channels(labels: _Labels, all_labels: Mapping[Axis, Ints]) -> Bools:

@@ -43,6 +43,17 @@ RESIDUAL = """(float[N, 3, 6, 6] x) => (float[N, 3, 6, 6] y) <float[3, 3, 3, 3] 
     y = Tanh(s)
 }"""
 
+SPEECH = """(float[N, 7, 5] x) => (float[7, 1, N, 6] y)
+<float[5] gain, float[1, 24, 5] w, float[1, 24, 6] r> {
+    g = Mul(x, gain)
+    t = Transpose<perm = [1, 0, 2]>(g)
+    y = LSTM<hidden_size = 6>(t, w, r)
+}"""
+EXPERTS = """(float[N, 7, 5] x) => (float[N, 7, 4] y) <float[5] gain, float[5, 4] w> {
+    g = Mul(x, gain)
+    y = Einsum<equation = "ntc,cd->ntd">(g, w)
+}"""
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -50,8 +61,10 @@ RESIDUAL = """(float[N, 3, 6, 6] x) => (float[N, 3, 6, 6] y) <float[3, 3, 3, 3] 
         (ATTENTION, {"x": {2}, "q": {2}, "qt": {1, 3}, "kt": {1, 2}, "s": {1}, "p": {1}, "o": {1, 3}, "y": {2}}),
         (IMAGE, {"x": {3}, "e": {3}, "t": {1}, "c": {1}, "r": {1}, "y": {1}}),
         (RESIDUAL, {"x": {1}, "c": {1}, "s": {1}, "y": {1}}),
+        (SPEECH, {"x": {2}, "t": {2}, "y": {3}}),
+        (EXPERTS, {"x": {2}, "g": {2}, "y": {2}}),
     ],
-    ids=["attention", "image", "residual"],
+    ids=["attention", "image", "residual", "speech", "experts"],
 )  # fmt: skip
 def test_channels_are_told_from_positions(
     text: str, expected: dict[str, set[int]], tmp_path: Path
