@@ -117,8 +117,10 @@ def _mixes(
         if axis is None or not np.issubdtype(one.dtype, np.floating):
             continue
         rows = np.arange(one.shape[axis]) + place * one.shape[axis]
-        error = np.linalg.norm((np.take(batch, rows, axis=axis) - one).astype(np.float64))
-        if error > TOLERANCE * np.linalg.norm(one.astype(np.float64)):
+        beside, apart = (v.astype(np.float64) for v in (np.take(batch, rows, axis=axis), one))
+        known = np.isfinite(beside) & np.isfinite(apart)  # masked scores are infinite
+        error = np.linalg.norm(beside[known] - apart[known])
+        if error > TOLERANCE * np.linalg.norm(apart[known]):
             return MIXED
         if axis:
             return ELSEWHERE.format(name, axis)

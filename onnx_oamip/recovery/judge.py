@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 
-from onnx_oamip.core.records import Array, Floats, Measure, Model
+from onnx_oamip.core.records import Array, Floats, Ints, Measure, Model
 from onnx_oamip.core.records.objective import Objective
 from onnx_oamip.data.dataset import Samples, hold_out
 from onnx_oamip.graph.external_data import references, tensor
@@ -46,7 +46,8 @@ class Judge:
             objective: Terms with scales.
             samples: Held-out samples.
             device: Where models run.
-            batch_size: Samples of one run.
+            batch_size: Samples of one run; 1 is taken where no output is split by samples, so that every sample has a
+                loss of its own.
         """
         self._model = original
         self._objective = objective
@@ -54,6 +55,10 @@ class Judge:
         self._device = device
         self._size = batch_size
         self._truth = self._outputs(original.proto, "the original")
+        indices = samples.feed_indices(batch_size)
+        if not all(map(_has_split, indices, self._truth)):
+            self._size = 1
+            self._truth = self._outputs(original.proto, "the original")
 
     def _outputs(self, proto: onnx.ModelProto, what: str = "the pruned model") -> list[list[Array]]:
         tensors = self._objective.tensors
@@ -68,17 +73,17 @@ class Judge:
             proto: A pruned model.
 
         Returns:
-            The mean loss of all terms by weight, for every sample (or feed, where outputs are not split by samples);
+            The mean loss of all terms by weight, for every sample (or feed, where no output is split by samples);
             1 is that of the average answer.
         """
         found: list[float] = []
         indices = self._samples.feed_indices(self._size)
         for index, truth, output in zip(indices, self._truth, self._outputs(proto), strict=True):
-            arrays = (*truth, *output)
-            is_split = all(value.ndim and len(value) == len(index) for value in arrays)
-            parts = [slice(i, i + 1) for i in range(len(index))] if is_split else [slice(None)]
-            for part in parts:
-                old, new = ([v[part] if v.ndim else v for v in side] for side in (truth, output))
+            places: list[int | None] = [None]
+            if _has_split(index, (*truth, *output)):
+                places = list(range(len(index)))
+            for place in places:
+                old, new = (_of_sample(index, side, place) for side in (truth, output))
                 found.append(loss(self._objective, sums(self._objective, old, new)).total)
         return np.asarray(found)
 
@@ -97,6 +102,24 @@ class Judge:
         for index, truth, found in zip(indices, self._truth, self._outputs(proto), strict=True):
             measures.update(truth, found, None if labels is None else labels[index])
         return measures.results()
+
+
+def _is_split(index: Ints, value: Array) -> bool:
+    """True if an output of a feed has its samples along axis 0."""
+    return bool(value.ndim) and len(value) == len(index)
+
+
+def _has_split(index: Ints, arrays: Sequence[Array]) -> bool:
+    """True if at least one output of a feed has its samples along axis 0."""
+    return any(_is_split(index, value) for value in arrays)
+
+
+def _of_sample(index: Ints, arrays: Sequence[Array], place: int | None) -> list[Array]:
+    """Outputs of one sample of a feed. Those that are not split, such as one number for all, count for every sample."""
+    if place is None:
+        return list(arrays)
+    part = slice(place, place + 1)
+    return [value[part] if _is_split(index, value) else value for value in arrays]
 
 
 @dataclass

@@ -207,7 +207,7 @@ def _refusal(trained: Trained) -> str:
         return "it has no weights that torch can train"
     if trained.ended == training.TOO_FEW:
         return (
-            f"{start.size} held-out samples are too few to tell a gain from noise: {FEWEST} are needed, a fifth of "
+            f"losses of {start.size} held-out samples are too few to tell a gain from noise: {FEWEST} are needed, a fifth of "
             f"{FEWEST * EVALUATION_PARTS}"
         )
     if trained.ended == training.DIVERGED:

@@ -416,13 +416,23 @@ def test_largest_of_unequal_samples_is_tried_first(place: Path) -> None:
             batching.UNCOUNTED.format("axis 0 of 'x'"),
         ),
         ("t = Transpose<perm = [0, 2, 1]>(x) y = MatMul(t, w)", None),
+        # Masked scores: infinite numbers do not hide that the others differ.
+        (
+            "t = Transpose<perm = [0, 2, 1]>(x) m = MatMul(t, w) h = Log(open) y = Add(m, h)",
+            None,
+        ),
+        (
+            "c = CumSum(x, z) t = Transpose<perm = [0, 2, 1]>(c) m = MatMul(t, w) h = Log(open) y = Add(m, h)",
+            batching.MIXED,
+        ),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_samples_that_a_batch_changes_run_alone(place: Path, body: str, note: str | None) -> None:
     model = load(
         build(
-            "(float[N,4,6] x) => (float[A,B,3] y) <int64[3] s = {1, 4, -1}, int64[1] z = {0}, float[4,3] w> "
-            f"{{ {body} }}"
+            "(float[N,4,6] x) => (float[A,B,3] y) <int64[3] s = {1, 4, -1}, int64[1] z = {0}, float[4,3] w, "
+            f"float[3] open = {{1, 0, 1}}> {{ {body} }}"
         ),
         place,
     )

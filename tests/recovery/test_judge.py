@@ -35,6 +35,29 @@ def test_judge_finds_the_loss_and_the_measures_of_a_model(tmp_path: Path) -> Non
     assert measure.values["error_over_variance"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        "y = Transpose<perm = [1, 0, 2]>(h)",
+        "y = Identity(h) s = ReduceMean<keepdims = 0>(h)",
+    ],
+    ids=["batch on another axis", "one number for all"],
+)
+def test_every_sample_has_a_loss(end: str, tmp_path: Path) -> None:
+    outputs = "float[N,3,2] y, float[] s" if "s =" in end else "float[3,N,2] y"
+    text = f"(float[N,3,4] x) => ({outputs}) <float[4,2] w> {{ h = MatMul(x, w) {end} }}"
+    model = load(build(text), tmp_path)
+    data = {"x": np.random.default_rng(0).normal(size=(20, 3, 4)).astype(np.float32)}
+    samples = dataset.load(data, model)
+    assert samples is not None
+    settings = Settings.create(outputs={port.name: "values" for port in model.outputs})
+    objective = scale(model, find_objective(model, settings, samples), samples, "cpu")
+    judge = Judge(model, objective, samples, device="cpu", batch_size=8)
+    losses = judge.losses(written(model.proto, {"w": 1.1 * model.constants["w"]}))
+    assert losses.shape == (20,)
+    assert len(np.unique(losses)) == 20
+
+
 @pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
 def test_weights_are_written_in_their_type_and_nothing_else_changes(
     kind: int, tmp_path: Path

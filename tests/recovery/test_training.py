@@ -334,6 +334,29 @@ def test_too_few_samples_train_nothing(case: Path, count: int) -> None:
     assert all(np.array_equal(new[name], old[name]) for name in old)
 
 
+def test_every_sample_judges_where_an_output_is_one_number(tmp_path: Path) -> None:
+    text = """(float[N,8] x) => (float[N,4] y, float[] loss) <float[8,24] w, float[24,4] v> {
+        h = MatMul(x, w)
+        r = Relu(h)
+        y = MatMul(r, v)
+        loss = ReduceMean<keepdims = 0>(r)
+    }"""
+    original = build(text)
+    rng = np.random.default_rng(0)
+    pruned = onnx.ModelProto()
+    pruned.CopyFrom(original)
+    for held in pruned.graph.initializer:
+        value = numpy_helper.to_array(held)
+        noise = 0.2 * value.std() * rng.normal(size=value.shape)
+        held.CopyFrom(numpy_helper.from_array((value + noise).astype(np.float32), held.name))
+    data = {"x": rng.normal(size=(80, 8)).astype(np.float32)}
+    asked = settings(recover=40, task=None, outputs={"y": "values", "loss": "values"})
+    found = recover(pruned, original, data, asked).recovery
+    assert (found.steps, found.accepted) == (40, True)
+    assert found.after is not None
+    assert found.after < 0.5 * found.before
+
+
 def test_samples_that_are_trained_on_and_judge_are_noted(case: Path) -> None:
     rows = np.load(case / "data.npz")["x"][:16]
     for copies, repeated in ((1, 0), (10, 32)):
