@@ -207,8 +207,8 @@ def _refusal(trained: Trained) -> str:
         return "it has no weights that torch can train"
     if trained.ended == training.TOO_FEW:
         return (
-            f"losses of {start.size} held-out samples are too few to tell a gain from noise: {FEWEST} are needed, a fifth of "
-            f"{FEWEST * EVALUATION_PARTS}"
+            f"losses of {start.size} held-out samples are too few to tell a gain from noise: {FEWEST} are needed, a "
+            f"fifth of {FEWEST * EVALUATION_PARTS}"
         )
     if trained.ended == training.DIVERGED:
         return "its loss rose beyond all numbers"
