@@ -251,8 +251,8 @@ TEXT = {
             "recoveries from there on different images, judged by the last fifth. The 512 are crops of 131 "
             "photographs; composed are images of 352 stamps on crops of the same photographs. Agreement "
             "with the original's first answer in percent and divergence from its answers in nats on 512 crops of other "
-            "photographs; the standard error of an agreement is about 2 points. Rows were made on several days, on which "
-            "the machine's speed differed by a factor of two."
+            "photographs; the standard error of an agreement is about 2 points. Rows were made on several days, on "
+            "which the machine's speed differed by a factor of two."
         ),
     ),
     "recover-onnxsim": (
