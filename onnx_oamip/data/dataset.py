@@ -357,7 +357,9 @@ def _unused_options(reading: Reading, loaded: Loaded, has_columns: bool) -> str:
         return ""
     named = ", ".join(f"`{name}`" for name in unused)
     verb = "has" if len(unused) == 1 else "have"
-    return f"{named} {verb} no effect on {loaded.where}: its arrays are fed as they are"
+    is_of_arrays = loaded.reading is None
+    why = "its arrays are fed as they are" if is_of_arrays else "it has no columns"
+    return f"{named} {verb} no effect on {loaded.where}: {why}"
 
 
 def _has_parts(source: object) -> bool:

@@ -130,7 +130,7 @@ def run(
     best = trained.best
     proto = unrecovered or pair.pruned.proto
     if trained.proto is None:
-        refusal = _refusal(trained)
+        refusal = _refusal(trained, judged.count)
     elif unrecovered is not None and final is not judge:
         refusal = _refusal_by_measure(final, trained.proto, unrecovered)
     else:
@@ -195,8 +195,8 @@ def _check_inputs_and_outputs(original: Model, objective: Objective) -> None:
         )
 
 
-def _refusal(trained: Trained) -> str:
-    """Clause about a training that gave no model, or none with a lower objective."""
+def _refusal(trained: Trained, held_out: int) -> str:
+    """Clause about a training that gave no model, or none with a lower objective; of the number of held-out samples."""
     from onnx_oamip.recovery import training
 
     start = trained.best.start
@@ -206,13 +206,22 @@ def _refusal(trained: Trained) -> str:
     if trained.ended == training.NOTHING:
         return "it has no weights that torch can train"
     if trained.ended == training.TOO_FEW:
-        return (
-            f"losses of {start.size} held-out samples are too few to tell a gain from noise: {FEWEST} are needed, a "
-            f"fifth of {FEWEST * EVALUATION_PARTS}"
-        )
+        return _too_few(start.size, held_out)
     if trained.ended == training.DIVERGED:
         return "its loss rose beyond all numbers"
     return f"the held-out objective ({before:.4g}) did not fall by more than noise"
+
+
+def _too_few(losses: int, held_out: int) -> str:
+    """Clause about too few losses of held-out samples, which may be those of whole feeds."""
+    in_feed = max(round(held_out / losses), 1)
+    judges = f"{losses} held-out {'sample' if losses == 1 else 'samples'}"
+    if in_feed > 1:
+        judges = f"{losses} {'feed' if losses == 1 else 'feeds'} of {in_feed} held-out samples"
+    return (
+        f"it is judged by {judges}, too few to tell a gain from noise; "
+        f"{FEWEST * EVALUATION_PARTS * in_feed} samples in all are needed"
+    )
 
 
 def _refusal_by_measure(

@@ -20,6 +20,11 @@ from onnx_oamip.recovery.operators import kernel_of
 ROUNDS = Trait.QUANTISES | Trait.DEQUANTISES
 """Operators that round weights to codes, and that make numbers of them again."""
 
+KEEPS = Trait.ELEMENTWISE | Trait.MOVES | Trait.CASTS
+"""Operators whose output has the values of their input, or numbers computed from each of them."""
+COUNTERS = frozenset({"Range", "Shape", "Size", "DynamicQuantizeLinear"})
+"""Operators that count, and that find the scale of codes."""
+
 
 class Trainable:
     """Initialisers of a model that training may change, by the nodes that read them.
@@ -39,6 +44,7 @@ class Trainable:
         self._sources = _sources(model)
         self._constants = _constants(model)
         self._channels = channel_axes(model)
+        self._makers = {name: node for node in model.every for name in node.outputs if name}
         self._read: dict[str, list[str]] = defaultdict(list)
         weights = set()
         fixed = {self._sources.get(name) for name in _returned(model)}
@@ -81,7 +87,7 @@ class Trainable:
         return (slot in kernel.trained or is_by_channel) and not self._is_mask(node, slot)
 
     def _is_by_channel(self, node: Node, slot: int) -> bool:
-        """True for an operand with one number per channel of the other operand.
+        """True for an operand with one number per channel of the other operand, or of the result if that is narrower.
 
         Where the shape of the other one is not known, every vector is taken for that.
         """
@@ -90,7 +96,28 @@ class Trainable:
         axes = [axis for axis, length in enumerate(shapes[tensor]) if length > 1]
         if len(axes) != 1:
             return False
-        return other not in shapes or aligned(self._model, tensor, axes[0], other) in self._channels
+        if other not in shapes:
+            return True
+        place = len(shapes[other]) - len(shapes[tensor]) + axes[0]
+        is_spread = place >= 0 and shapes[other][place] == 1
+        if is_spread and not self._counts(other):
+            other = node.outputs[0]
+        return aligned(self._model, tensor, axes[0], other) in self._channels
+
+    def _counts(self, tensor: str) -> bool:
+        """True for a tensor that is made of whole numbers, such as positions, or of what rounding finds."""
+        maker = self._makers.get(tensor)
+        while maker is not None and (has(maker, KEEPS) or maker.op in COUNTERS):
+            if maker.op in COUNTERS:
+                return True
+            computed = [name for name in maker.inputs if name and name not in self._constants]
+            if not computed:
+                return False
+            dtype = self._model.dtypes.get(computed[0])
+            if dtype is not None and not is_float(dtype):
+                return True
+            maker = self._makers.get(computed[0])
+        return False
 
     def _is_mask(self, node: Node, slot: int) -> bool:
         """True for a constant that hides some elements of what it is added to or multiplied with."""

@@ -156,6 +156,12 @@ def test_transparency_is_kept_for_four_channels(place: Path, tmp_path: Path) -> 
     assert not samples.notes
 
 
+def test_column_has_no_effect_on_a_folder(tmp_path: Path, model: Model) -> None:
+    folder = _save(Image.fromarray(PIXELS), tmp_path / "d" / "a.png")
+    (note,) = _load(folder, model, column="image", mean=(0.5,)).notes
+    assert note == f"`column` has no effect on {folder}: it has no columns"
+
+
 def test_rotation_is_applied_and_the_first_frame_is_read(tmp_path: Path, model: Model) -> None:
     turned = Image.fromarray(np.ascontiguousarray(np.rot90(PIXELS)))
     exif = Image.Exif()

@@ -9,6 +9,7 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip.data import dataset
+from onnx_oamip.data import repeated as digests
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.repeated import repeated
 
@@ -26,7 +27,11 @@ def _loaded(text: str, data: object, folder: Path) -> Samples:
     return samples
 
 
-def test_samples_are_equal_if_all_their_arrays_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 1000, digests.BATCH_BYTES])
+def test_samples_are_equal_if_all_their_arrays_are(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "BATCH_BYTES", size)
     rng = np.random.default_rng(0)
     x, t = rng.normal(size=(600, 3)).astype(np.float32), rng.integers(9, size=(600, 2))
     samples = _loaded(PAIR, {"x": x, "t": t}, tmp_path)

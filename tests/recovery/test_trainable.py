@@ -42,6 +42,33 @@ CASES = {
         }""",
         ["wq", "bq", "wk", "wv", "gain", "wo", "end"],
     ),
+    "numbers per channel of one that is spread": (
+        """(float[N, 3, 4, 4] x) => (float[N, 2, 4, 4] y)
+        <float[8, 3, 1, 1] w, float[1, 8, 1, 1] v, float[1, 8, 1, 1] gain, float[8, 1, 1] shift,
+         float[2, 8, 1, 1] last> {
+            h = Conv(x, w)
+            one = Conv(h, v)
+            gate = Sigmoid(one)
+            spread = Mul(gate, gain)
+            moved = Add(spread, shift)
+            kept = Mul(h, moved)
+            y = Conv(kept, last)
+        }""",
+        ["w", "v", "gain", "shift", "last"],
+    ),
+    "frequencies of positions": (
+        """(float[N, 6, 8] x, int64[N, 6] at) => (float[N, 6, 3] y)
+        <float[8] frequencies, float[1, 1, 8] phase, int64[1] end = {-1}, float[8, 3] w> {
+            f = Cast<to = 1>(at)
+            places = Unsqueeze(f, end)
+            angles = Mul(places, frequencies)
+            moved = Add(angles, phase)
+            waves = Cos(moved)
+            s = Add(x, waves)
+            y = MatMul(s, w)
+        }""",
+        ["phase", "w"],
+    ),
     "anchors and strides": (
         """(float[N, 3, 4, 4] x) => (float[N, 4, 16] y)
         <float[1, 3, 1, 1] mean, float[4, 3, 3, 3] w, int64[3] places = {0, 4, 16}, float[1, 1, 16] anchors,

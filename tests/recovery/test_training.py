@@ -328,10 +328,27 @@ def test_too_few_samples_train_nothing(case: Path, count: int) -> None:
     found = recover(case / "half.onnx", case / "model.onnx", data, settings(), case / "few.onnx")
     recovery = found.recovery
     assert (recovery.steps, recovery.ended, recovery.accepted) == (0, "too few samples", False)
-    assert "too few to tell a gain from noise: 6 are needed, a fifth of 30" in recovery.refusal
+    judges = {1: "1 held-out sample,", 2: "1 held-out sample,", 29: "5 held-out samples,"}[count]
+    assert (
+        f"it is judged by {judges} too few to tell a gain from noise; 30 samples"
+        in recovery.refusal
+    )
     assert "it is no part of what is trained" not in recovery.features_left_out.values()
     old, new = stored(case / "half.onnx"), stored(case / "few.onnx")
     assert all(np.array_equal(new[name], old[name]) for name in old)
+
+
+def test_feeds_that_are_too_few_judges_are_counted(tmp_path: Path) -> None:
+    """Of a fixed batch along another axis of the output, every feed has one loss."""
+    text = """(float[8,5,4] x) => (float[5,8,3] y) <float[4,3] w, int64[0] none> {
+        t = Transpose<perm = [1, 0, 2]>(x)
+        y = MatMul(t, w)
+    }"""
+    data = {"x": np.random.default_rng(0).normal(size=(96, 5, 4)).astype(np.float32)}
+    found = recover(build(text), build(text), data, settings()).recovery
+    assert found.held_out == 16
+    assert "judged by 2 feeds of 8 held-out samples" in found.refusal
+    assert found.refusal.endswith("; 240 samples in all are needed")
 
 
 def test_every_sample_judges_where_an_output_is_one_number(tmp_path: Path) -> None:

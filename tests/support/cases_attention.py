@@ -167,6 +167,20 @@ case(
     units=2,
     domains=_MS,
 )
+case(
+    "group-query-sink",
+    _GQA,
+    f"""(float[2,4,5] x) => (float[2,4,3] y) <float[5,64] wq, float[5,32] wk, float[5,32] wv, float[64,3] wo,
+    int32[2] lens = {{3, 3}}, int32 total = {{4}}, float[4] sink = {{1, -1, 0.5, 2}}> {{
+        q = MatMul(x, wq)
+        k = MatMul(x, wk)
+        v = MatMul(x, wv)
+        h, pk, pv = {_GQA}<num_heads = 4, kv_num_heads = 2>(q, k, v, , , lens, total, , , , , sink)
+        y = MatMul(h, wo)
+    }}""",
+    units=2,
+    domains=_MS,
+)
 _STD = "Attention"
 separate("standard-attention", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)", 4)
 separate(

@@ -38,6 +38,8 @@ PROJECTIONS = frozenset({"MatMul", "Gemm"})
 """Layers that make queries."""
 ANGLES = (7, 8, 9)
 """Inputs of GroupQueryAttention with the cosines and sines of rotated queries and keys, and their positions."""
+SINK = 11
+"""Input of GroupQueryAttention with a logit of every query head that stands beside those of the keys."""
 
 
 def _heads(labels: Labels, channels: Ints, units: Ints) -> None:
@@ -203,7 +205,18 @@ def _group_query(node: Node, labels: Labels) -> None:
     for slot in ANGLES:
         if name := operand(node, slot):
             labels.pin_all(name, f"{node} takes angles or positions from it")
-    _separate(node, labels, _Form(heads, groups, added=10, past=(3, 4)))
+    sink = operand(node, SINK)
+    unknown = [name for name in node.inputs[SINK + 1 :] if name]
+    if unknown:
+        opaque(node, labels, f"{node} takes '{shortened(unknown[0])}', which is not followed")
+        return
+    if sink and (not labels.is_constant(sink) or labels.shape(sink) != (heads,)):
+        opaque(node, labels, f"{node} takes a logit per head from '{shortened(sink)}'")
+        return
+    is_followed = _separate(node, labels, _Form(heads, groups, added=10, past=(3, 4)))
+    if is_followed and sink:
+        units = _first(_tracked(labels, node.inputs[1], 2), groups)
+        _heads(labels, _tracked(labels, sink, 0), units)
 
 
 def _standard(node: Node, labels: Labels) -> None:
