@@ -13,6 +13,7 @@ from onnx_oamip.graph.channel_axes import aligned, channel_axes
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops import Trait, has
 from onnx_oamip.graph.ops.compositions import LARGE
+from onnx_oamip.graph.ops.kinds import LENGTHS
 from onnx_oamip.graph.ops.views import VIEWS
 from onnx_oamip.graph.outputs import is_float
 from onnx_oamip.recovery.operators import kernel_of
@@ -22,8 +23,6 @@ ROUNDS = Trait.QUANTISES | Trait.DEQUANTISES
 
 KEEPS = Trait.ELEMENTWISE | Trait.MOVES | Trait.CASTS
 """Operators whose output has the values of their input, or numbers computed from each of them."""
-COUNTERS = frozenset({"Range", "Shape", "Size", "DynamicQuantizeLinear"})
-"""Operators that count, and that find the scale of codes."""
 
 
 class Trainable:
@@ -105,11 +104,13 @@ class Trainable:
         return aligned(self._model, tensor, axes[0], other) in self._channels
 
     def _counts(self, tensor: str) -> bool:
-        """True for a tensor that is made of whole numbers, such as positions, or of what rounding finds."""
+        """True for a tensor that is made of whole numbers or lengths, such as positions."""
         maker = self._makers.get(tensor)
-        while maker is not None and (has(maker, KEEPS) or maker.op in COUNTERS):
-            if maker.op in COUNTERS:
+        while maker is not None:
+            if maker.op in LENGTHS:
                 return True
+            if not has(maker, KEEPS):
+                return False
             computed = [name for name in maker.inputs if name and name not in self._constants]
             if not computed:
                 return False
