@@ -60,6 +60,7 @@ CASES = (
     Case(NAMES[0], 0.5, FEW, 0, 400),
     *(Case(NAMES[0], 0.5, None, count, 1200) for count in COMPOSED[:2]),
     *(Case(NAMES[0], 0.5, None, count, 3000) for count in COMPOSED),
+    Case(NAMES[0], 0.5, None, COMPOSED[1], 6000),
     *(Case(NAMES[0], macs, None, 0, 400) for macs in (0.8, 0.65, 0.35)),
     *(Case(name, 0.5, None, 0, 400) for name in NAMES[1:]),
 )
